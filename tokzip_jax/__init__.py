@@ -1,0 +1,1 @@
+"""Visual-token compression for vision-language models in JAX."""

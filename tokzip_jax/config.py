@@ -1,0 +1,187 @@
+"""Everything that a run can be told, as frozen dataclasses.
+
+A config file builds a `RunConfig`, `to_config_dict` makes it editable from the command line, and
+`from_config_dict` (called once, by the entry) turns it back, checked.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """A CLIP-shaped vision transformer; the defaults are CLIP ViT-L/14-336."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_dim: int = 4096
+    activation: str = "quick_gelu"  # or "gelu" (exact)
+    norm_eps: float = 1e-5
+    feature_layer: int = -2  # whose output the language model reads; Python indexing of the blocks' outputs
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        return self.grid**2
+
+    @property
+    def feature_blocks(self) -> int:
+        """How many blocks have to run to get the features (-2 of 24 layers: 23)."""
+        return self.layers + 1 + self.feature_layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlmConfig:
+    """A LLaMA-shaped decoder; the defaults are Vicuna v1.5 7B."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    mlp_dim: int = 11008
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    max_positions: int = 4096
+    tied_head: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The towers, and what they have in common."""
+
+    vit: VitConfig = VitConfig()
+    llm: LlmConfig = LlmConfig()
+    voco_embeddings: int = 1  # 1: all VoCo tokens share one embedding (official); n: n of their own, the most usable
+    contrast_dim: int = 0  # width of the CLS/caption contrastive space; 0 = no contrastive head
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    logits_dtype: str = "float32"
+    attention: str = "einsum"  # "einsum", "xla", "cudnn" or "splash"
+    remat: str = "none"  # "none", "full" or "dots"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What becomes of a picture on its way to the answer, site by site."""
+
+    encoder: str = "none"  # a name of tokzip_jax.compress.ENCODER, or "none"
+    tokens: int = 0  # visual tokens the encoder site passes on (VisionZip: dominant incl. CLS + contextual)
+    contextual: int = 0  # VisionZip: how many of `tokens` are merged ones
+    merge: str = "official"  # VisionZip: "official" (target + mean) or "paper" (average)
+    targets: str = "official"  # VisionZip: "official" (floor-step) or "even"
+    seed: int = 0  # random selection
+    projector: str = "mlp2x_gelu"  # a name of tokzip_jax.vlm.PROJECTORS
+    pool_grid: int = 0  # avgpool_linear: side of the pooled grid (1 = one token)
+    voco: int = 0  # VoCo slots of an image
+    voco_mask: str = "voco"  # "voco" (text sees VoCo, not vision), "prefix_visible" or "visible" (plain causal)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms of the loss; a term with weight 0 is not computed."""
+
+    ce: float = 1.0  # next-token cross entropy on the supervised positions
+    kl: float = 0.0  # KL to the frozen parameters of the stage's `init_from`, read without VoCo tokens
+    temperature: float = 1.0  # of the KL; its square scales the term
+    contrast: float = 0.0  # SigLIP loss between the CLS token and the caption
+    chunk: int = 1024  # supervised positions whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    final_fraction: float = 0.0  # learning rate at the end, as a share of the peak
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    accumulate: int = 1  # micro-batches a step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One training of a recipe."""
+
+    init_from: str = ""  # "" = fresh; the name of an earlier stage, or a path of converted parameters
+    steps: int = 1
+    batch_size: int = 32  # rows a step, over all devices
+    train: tuple[str, ...] = (".*",)  # path patterns of the parameters that train; the others are frozen
+    method: MethodConfig = MethodConfig()
+    voco_counts: tuple[int, ...] = ()  # VoCo tokens inserted, taken in turn step by step; () = always method.voco
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """One line of the results table: parameters of a stage, read by a method."""
+
+    stage: str = "base"
+    method: MethodConfig = MethodConfig()
+    seeds: int = 1  # random selection: how many seeds are averaged
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured after training."""
+
+    batch_size: int = 32
+    split: str = "test"
+    limit: int = 0  # pictures; 0 = all
+    order: tuple[str, ...] = ()  # rows of the table, top to bottom
+    upper: str = "upper"  # the row that counts as 100 %
+    lower: str = "lower"  # the row that counts as retention 0
+    pictures: int = 6  # pictures in figures/kept_tokens.png
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data set and how rows are made of it."""
+
+    name: str = "easy_vqa"  # a name of tokzip_jax.data.sources.SOURCES
+    data_dir: str = ""  # where data sets are built and looked for; "" = TFDS's own default
+    tokenizer: str = ""  # a tokenizer.json; "" = train one from the training split into the workdir
+    vocab_size: int = 512  # of a tokenizer trained here
+    text_length: int = 128  # tokens of a row before its images are put in
+    images: int = 1  # the most images of a row
+    questions: int = 0  # the most questions packed into a row; 0 = as many as fit
+    caption_length: int = 16
+    workers: int = 0  # Grain worker processes
+    on_error: str = "skip"  # a picture that cannot be decoded: "skip" (listed in skipped.jsonl) or "raise"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along the two mesh axes; -1 = all that are left."""
+
+    data: int = -1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    seed: int = 0
+    platform: str = ""  # "tpu" or "gpu": refuse to run on anything else
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
+    rows: dict[str, RowConfig] = dataclasses.field(default_factory=dict)
+    eval: EvalConfig = EvalConfig()
+    log_every: int = 10
+    checkpoint_every: int = 100
+    compile_cache: str = "~/.cache/tokzip_jax/compiled"
