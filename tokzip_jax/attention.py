@@ -1,0 +1,94 @@
+"""Attention, and the few rows of it that a compressor reads.
+
+`attend` never returns weights. A method that needs scores takes them from `score_rows`, which computes only the rows
+asked for, so that fused kernels stay on everywhere else.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tokzip_jax.types import Array
+
+# Large enough to vanish in a float32 softmax, small enough not to overflow when something is added to it.
+MASKED = -1e30
+
+
+def _logits(q_BNTH: Array, k_BKSH: Array) -> Array:
+    """[B, K, G, T, S] float32 scaled dot products; G = N // K queries share a key head."""
+    batch, heads, length, dim = q_BNTH.shape
+    groups = q_BNTH.reshape(batch, k_BKSH.shape[1], heads // k_BKSH.shape[1], length, dim)
+    scale = jnp.asarray(dim**-0.5, q_BNTH.dtype)
+    return jnp.einsum("BKGTH,BKSH->BKGTS", groups * scale, k_BKSH, preferred_element_type=jnp.float32)
+
+
+def _softmax(logits_BKGTS: Array, mask_BTS: Array | None, bias: Array | None) -> Array:
+    if bias is not None:
+        bias = bias[:, None, :] if bias.ndim == 2 else bias
+        logits_BKGTS = logits_BKGTS + bias[:, None, None].astype(jnp.float32)
+    if mask_BTS is not None:
+        logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
+    return jax.nn.softmax(logits_BKGTS, axis=-1)
+
+
+def _einsum(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array | None, bias: Array | None) -> Array:
+    weights = _softmax(_logits(q_BNTH, k_BKSH), mask_BTS, bias).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH).reshape(q_BNTH.shape)
+
+
+def _fused(implementation: str):
+    def run(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array | None, bias: Array | None) -> Array:
+        if bias is not None:
+            bias = (bias[:, None, :] if bias.ndim == 2 else bias)[:, None]
+        out = jax.nn.dot_product_attention(
+            q_BNTH.swapaxes(1, 2),
+            k_BKSH.swapaxes(1, 2),
+            v_BKSH.swapaxes(1, 2),
+            bias=bias,
+            mask=None if mask_BTS is None else mask_BTS[:, None],
+            implementation=implementation,
+        )
+        return out.swapaxes(1, 2)
+
+    return run
+
+
+IMPLEMENTATIONS = {"einsum": _einsum, "xla": _fused("xla"), "cudnn": _fused("cudnn")}
+
+
+def attend(
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    implementation: str = "einsum",
+) -> Array:
+    """Scaled dot-product attention with grouped heads; softmax in float32.
+
+    Args:
+        q_BNTH: [B, N, T, H] queries, head-major: on a CPU one fused kernel, 8-18 % faster than the [B, T, N, H] layout.
+        k_BKSH, v_BKSH: [B, K, S, H], K divides N.
+        mask: [B, T, S] bool, True = sees; None = everything. A query that sees nothing gets a finite average.
+        bias: added to the scaled logits, [B, S] (token size) or [B, T, S] (distance).
+        implementation: "einsum" (explicit products; best on CPU), "xla" or "cudnn"
+            (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision).
+
+    Returns:
+        [B, N, T, H] in the queries' dtype.
+
+    Raises:
+        ValueError: unknown implementation, or heads that do not divide.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={implementation!r} is unknown; choose one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    if q_BNTH.shape[1] % k_BKSH.shape[1]:
+        raise ValueError(f"{q_BNTH.shape[1]} query heads cannot share {k_BKSH.shape[1]} key heads: it must divide them")
+    return IMPLEMENTATIONS[implementation](q_BNTH, k_BKSH, v_BKSH, mask, bias)
+
+
+def score_rows(q_BNRH: Array, k_BKSH: Array, *, mask: Array | None = None) -> Array:
+    """Softmax attention of R chosen queries over all keys: [B, N, R, S] float32; `mask` is [B, R, S]."""
+    weights = _softmax(_logits(q_BNRH, k_BKSH), mask, None)
+    batch, _, _, rows, keys = weights.shape
+    return weights.reshape(batch, q_BNRH.shape[1], rows, keys)

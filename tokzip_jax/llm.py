@@ -1,0 +1,169 @@
+"""A LLaMA-shaped decoder (arXiv 2302.13971): grouped heads, rotary positions, SwiGLU, and a KV cache of plain arrays."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokzip_jax import layers, stack
+from tokzip_jax.attention import attend
+from tokzip_jax.config import LlmConfig, ModelConfig
+from tokzip_jax.masks import visibility
+from tokzip_jax.sharding import constrain
+from tokzip_jax.types import PAD, Array, Params, TokenStream
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KvCache:
+    """Keys and values of every layer, rotated, and what stands in each slot.
+
+    Attributes:
+        k, v: [L, B, K, S, H] stacked, or tuples of L arrays [B, K, S, H] (for decoding).
+        stream: [B, S]; an unused slot is PAD. `order` is the slot number.
+    """
+
+    k: Any
+    v: Any
+    stream: TokenStream
+
+
+def _modules(cfg: LlmConfig, param_dtype: Any) -> dict[str, Any]:
+    return {
+        "norm1": layers.RMSNorm(cfg.norm_eps, param_dtype),
+        "attn": layers.Attention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, param_dtype=param_dtype),
+        "norm2": layers.RMSNorm(cfg.norm_eps, param_dtype),
+        "mlp": layers.SwiGlu(cfg.width, cfg.mlp_dim, param_dtype),
+    }
+
+
+def init(cfg: LlmConfig, key: Array, param_dtype: Any = jnp.float32, cuts: tuple[int, ...] = ()) -> Params:
+    """Fresh parameters; `cuts` are the layer numbers at which the stack is stored split."""
+    modules = _modules(cfg, param_dtype)
+    x = jnp.zeros((1, 1, cfg.width), param_dtype)
+    arguments = {"attn": (x, lambda q, k, v: (q, None))}
+
+    def init_block(key: Array) -> Params:
+        keys = jax.random.split(key, len(modules))
+        return {n: layers.init(m, k, *arguments.get(n, (x,))) for (n, m), k in zip(modules.items(), keys, strict=True)}
+
+    embed_key, layers_key, head_key = jax.random.split(key, 3)
+    scale = cfg.width**-0.5
+    params = {
+        "embed": {"table": scale * jax.random.normal(embed_key, (cfg.vocab_size, cfg.width), param_dtype)},
+        "layers": stack.init(init_block, layers_key, cfg.layers, cuts),
+        "norm": {"scale": jnp.ones(cfg.width, param_dtype)},
+    }
+    if not cfg.tied_head:
+        # [D, V]: at one position this reads the table in the order it lies in memory.
+        params["head"] = {"w": scale * jax.random.normal(head_key, (cfg.width, cfg.vocab_size), param_dtype)}
+    return params
+
+
+def logits(cfg: ModelConfig, params: Params, x_BTD: Array) -> Array:
+    """Final norm and head: [B, T, D] -> [B, T, V] in `logits_dtype`. Call it on the positions that are read, only."""
+    x = layers.apply(layers.RMSNorm(cfg.llm.norm_eps), params["norm"], x_BTD)
+    dtype = jnp.dtype(cfg.logits_dtype)
+    if cfg.llm.tied_head:
+        table = params["embed"]["table"].astype(x.dtype)
+        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=dtype)
+    return jnp.einsum("BTD,DV->BTV", x, params["head"]["w"].astype(x.dtype), preferred_element_type=dtype)
+
+
+def run_layers(
+    cfg: ModelConfig,
+    blocks: Params | tuple[Params, ...],
+    x_BTD: Array,
+    stream: TokenStream,
+    table: Array,
+    *,
+    cache: KvCache | None = None,
+    offset: int | Array = 0,
+    lo: int = 0,
+    hi: int | None = None,
+    keep: bool = False,
+) -> tuple[Array, Any]:
+    """Run layers lo .. hi-1 over a row of tokens.
+
+    Args:
+        cfg, blocks: the model's config and `params["layers"]` (groups, or a tuple from `stack.unstack`).
+        x_BTD: [B, T, D] embeddings.
+        stream: [B, T] what they are. With a cache, `order` must already be the slots they are written to.
+        table: [kinds, kinds] out of `masks.TABLES`.
+        cache: keys and values of these layers that came before; the new ones are written at `offset`. Its stream
+            must already describe the new tokens (see `write_stream`).
+        offset: first slot written. A Python int lets attention stop at the last used slot.
+        lo, hi: static layer numbers (hi None: all).
+        keep: return the keys and values of every layer.
+
+    Returns:
+        [B, T, D], and (k, v) stacked [L, B, K, S, H] (tuples where `blocks` is one) if `keep`, else None.
+    """
+    hi = cfg.llm.layers if hi is None else hi
+    modules = _modules(cfg.llm, cfg.param_dtype)
+    angles = layers.rope_angles(stream.position, cfg.llm.head_dim, cfg.llm.rope_theta)
+    # With a static offset nothing behind the new tokens is used yet, so it is not even read.
+    used = slice(None, offset + x_BTD.shape[1] if isinstance(offset, int) else None)
+    seen = stream if cache is None else jax.tree.map(lambda leaf: leaf[:, used], cache.stream)
+    mask = visibility(stream, seen, table)
+
+    def body(x: Array, block: Params, past: tuple[Array, Array] | None) -> tuple[Array, Any]:
+        def mix(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            q, k = layers.rotate(q, angles), layers.rotate(k, angles)
+            if past is not None:
+                k = jax.lax.dynamic_update_slice_in_dim(past[0], k.astype(past[0].dtype), offset, axis=2)
+                v = jax.lax.dynamic_update_slice_in_dim(past[1], v.astype(past[1].dtype), offset, axis=2)
+            read_k, read_v = k[:, :, used].astype(q.dtype), v[:, :, used].astype(q.dtype)
+            return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), (k, v)
+
+        x = constrain(x, "data", None, None)
+        mixed, kv = layers.apply(modules["attn"], block["attn"], layers.apply(modules["norm1"], block["norm1"], x), mix)
+        x = x + mixed
+        x = x + layers.apply(modules["mlp"], block["mlp"], layers.apply(modules["norm2"], block["norm2"], x))
+        return x, kv if keep else None
+
+    past = None
+    if cache is not None:
+        past = tuple(zip(cache.k, cache.v, strict=True)) if isinstance(blocks, tuple) else (cache.k, cache.v)
+    x, kv = stack.run(body, x_BTD, blocks, lo, hi, inputs=past, remat=cfg.remat)
+    if keep and isinstance(blocks, tuple):
+        kv = tuple(zip(*kv, strict=True))
+    return x, kv
+
+
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype: Any = None) -> KvCache:
+    """A cache of `slots` unused slots for `batch` rows."""
+    shape = (cfg.llm.layers, batch, cfg.llm.kv_heads, slots, cfg.llm.head_dim)
+    zeros = jnp.zeros((batch, slots), jnp.int32)
+    order = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), zeros.shape)
+    stream = TokenStream(kind=zeros + PAD, segment=zeros, thread=zeros, sample=zeros, position=zeros, order=order)
+    dtype = dtype or cfg.dtype
+    return KvCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), stream=stream)
+
+
+def extend(cache: KvCache, slots: int) -> KvCache:
+    """A stacked cache with `slots` more unused slots behind it."""
+    batch, length = cache.stream.kind.shape
+
+    def pad(leaf: Array, axis: int) -> Array:
+        width = [(0, 0)] * leaf.ndim
+        width[axis] = (0, slots)
+        return jnp.pad(leaf, width)
+
+    stream = jax.tree.map(lambda leaf: pad(leaf, 1), cache.stream)
+    order = jnp.broadcast_to(jnp.arange(length + slots, dtype=jnp.int32), (batch, length + slots))
+    stream = dataclasses.replace(stream, order=order)
+    return KvCache(k=pad(cache.k, 3), v=pad(cache.v, 3), stream=stream)
+
+
+def write_stream(cache: KvCache, new: TokenStream, offset: int | Array) -> tuple[KvCache, TokenStream]:
+    """Describe new tokens in the cache's slots from `offset` on; returns both, the new tokens' order set to slots."""
+    order = offset + jnp.broadcast_to(jnp.arange(new.kind.shape[1], dtype=jnp.int32), new.kind.shape)
+    new = dataclasses.replace(new, order=order)
+    stream = jax.tree.map(
+        lambda old, part: jax.lax.dynamic_update_slice_in_dim(old, part.astype(old.dtype), offset, axis=1),
+        cache.stream,
+        new,
+    )
+    return dataclasses.replace(cache, stream=stream), new

@@ -1,0 +1,155 @@
+"""A CLIP-shaped vision transformer (arXiv 2103.00020) that gives features and the few signals a compressor asks for."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokzip_jax import layers, stack
+from tokzip_jax.attention import attend, score_rows
+from tokzip_jax.config import ModelConfig, VitConfig
+from tokzip_jax.sharding import constrain
+from tokzip_jax.types import Array, Params, VisionFeatures
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Signals of the feature layer's block, and of the last block.
+FEATURE_SIGNALS = ("cls_attention_BP", "keys_BSH")
+LAST_SIGNALS = ("last_queries_BSD", "last_keys_BSD")
+
+
+def normalise(images: Array, dtype: Any = jnp.float32) -> Array:
+    """uint8 pictures [..., H, W, 3] to CLIP's normalised values."""
+    pixels = images.astype(jnp.float32) / 255.0
+    shape = (1,) * (images.ndim - 1) + (3,)
+    return ((pixels - jnp.asarray(MEAN).reshape(shape)) / jnp.asarray(STD).reshape(shape)).astype(dtype)
+
+
+def cuts(cfg: VitConfig) -> tuple[int, ...]:
+    """Where the stack is stored split: behind the last block that the features need."""
+    return (cfg.feature_blocks,) if 0 < cfg.feature_blocks < cfg.layers else ()
+
+
+def _modules(cfg: VitConfig, param_dtype: Any) -> dict[str, Any]:
+    return {
+        "norm1": layers.LayerNorm(cfg.norm_eps, param_dtype),
+        "attn": layers.Attention(
+            cfg.width, cfg.heads, cfg.heads, cfg.width // cfg.heads, bias=True, param_dtype=param_dtype
+        ),
+        "norm2": layers.LayerNorm(cfg.norm_eps, param_dtype),
+        "mlp": layers.Mlp(cfg.width, cfg.mlp_dim, cfg.activation, param_dtype),
+    }
+
+
+def init(cfg: VitConfig, key: Array, param_dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters; see the module's names in `sharding.RULES`."""
+    modules = _modules(cfg, param_dtype)
+    x = jnp.zeros((1, 1, cfg.width), param_dtype)
+    arguments = {"attn": (x, lambda q, k, v: (q, None))}
+
+    def init_block(key: Array) -> Params:
+        keys = jax.random.split(key, len(modules))
+        return {n: layers.init(m, k, *arguments.get(n, (x,))) for (n, m), k in zip(modules.items(), keys, strict=True)}
+
+    patch_key, cls_key, pos_key, layers_key = jax.random.split(key, 4)
+    norm = {"scale": jnp.ones(cfg.width, param_dtype), "bias": jnp.zeros(cfg.width, param_dtype)}
+    patch_shape = (cfg.patch_size, cfg.patch_size, 3, cfg.width)
+    scale = (3 * cfg.patch_size**2) ** -0.5
+    return {
+        "patch": {"kernel": scale * jax.random.normal(patch_key, patch_shape, param_dtype)},
+        "cls": cfg.width**-0.5 * jax.random.normal(cls_key, (cfg.width,), param_dtype),
+        "pos": 0.02 * jax.random.normal(pos_key, (1 + cfg.patches, cfg.width), param_dtype),
+        "pre_norm": norm,
+        "layers": stack.init(init_block, layers_key, cfg.layers, cuts(cfg)),
+        "post_norm": norm,
+    }
+
+
+def embed(cfg: VitConfig, params: Params, pixels_BHWC: Array) -> Array:
+    """Patches, CLS token, positions and the pre-layernorm: [B, H, W, 3] -> [B, 1+P, D]."""
+    batch, side, dtype = pixels_BHWC.shape[0], cfg.patch_size, pixels_BHWC.dtype
+    cut = pixels_BHWC.reshape(batch, cfg.grid, side, cfg.grid, side, 3).transpose(0, 1, 3, 2, 4, 5)
+    kernel = params["patch"]["kernel"].astype(dtype).reshape(-1, cfg.width)
+    patches = cut.reshape(batch, cfg.patches, -1) @ kernel
+    cls = jnp.broadcast_to(params["cls"].astype(dtype)[None, None], (batch, 1, cfg.width))
+    x = jnp.concatenate([cls, patches], axis=1) + params["pos"].astype(dtype)[None]
+    return layers.apply(layers.LayerNorm(cfg.norm_eps), params["pre_norm"], x)
+
+
+def run_blocks(
+    cfg: ModelConfig, params: Params, x_BSD: Array, lo: int, hi: int, signals: tuple[str, ...] = ()
+) -> tuple[Array, dict[str, Array]]:
+    """Blocks lo .. hi-1; the asked-for signals are those of block hi-1.
+
+    Every block writes its signals over the last one's in the loop's carry: a CLS row and a mean of the keys cost next
+    to nothing, and so one scan serves, with no block's weights copied out of the stack.
+    """
+    modules = _modules(cfg.vit, cfg.param_dtype)
+    batch, length = x_BSD.shape[:2]
+    heads, head_dim = cfg.vit.heads, cfg.vit.width // cfg.vit.heads
+
+    def mix(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
+        read = {}
+        if "cls_attention_BP" in signals:
+            read["cls_attention_BP"] = jnp.sum(score_rows(q[:, :, :1], k)[:, :, 0, 1:], axis=1)
+        if "keys_BSH" in signals:
+            read["keys_BSH"] = jnp.mean(k.astype(jnp.float32), axis=1).astype(k.dtype)
+        for name, heads_of in (("last_queries_BSD", q), ("last_keys_BSD", k)):
+            if name in signals:
+                read[name] = heads_of.swapaxes(1, 2).reshape(batch, length, -1)
+        return attend(q, k, v, implementation=cfg.attention), read
+
+    def body(carry: tuple[Array, Any], block: Params, _: None) -> tuple[tuple[Array, Any], None]:
+        x = constrain(carry[0], "data", None, None)
+        mixed, read = layers.apply(modules["attn"], block["attn"], layers.apply(modules["norm1"], block["norm1"], x), mix)
+        x = x + mixed
+        x = x + layers.apply(modules["mlp"], block["mlp"], layers.apply(modules["norm2"], block["norm2"], x))
+        return (x, read), None
+
+    shapes = {
+        "cls_attention_BP": ((batch, length - 1), jnp.float32),
+        "keys_BSH": ((batch, length, head_dim), x_BSD.dtype),
+        "last_queries_BSD": ((batch, length, heads * head_dim), x_BSD.dtype),
+        "last_keys_BSD": ((batch, length, heads * head_dim), x_BSD.dtype),
+    }
+    empty = {name: jnp.zeros(*shapes[name]) for name in signals}
+    (x, read), _ = stack.run(body, (x_BSD, empty), params["layers"], lo, hi, remat=cfg.remat)
+    return x, read
+
+
+def features(
+    cfg: ModelConfig, params: Params, pixels_BHWC: Array, *, signals: tuple[str, ...] = (), summary: bool = False
+) -> tuple[VisionFeatures, Array | None]:
+    """Features of the feature layer; blocks after the last one needed are not run.
+
+    Args:
+        cfg, params: the model's config, and the parameters under "vit".
+        pixels_BHWC: [B, H, W, 3] normalised pictures.
+        signals: names out of FEATURE_SIGNALS and LAST_SIGNALS.
+        summary: also run the rest of the tower and return the CLS token behind the post-layernorm.
+
+    Returns:
+        The features, and the summary [B, D] (None unless asked for).
+
+    Raises:
+        ValueError: unknown signal, or pictures of another size.
+    """
+    unknown = set(signals) - set(FEATURE_SIGNALS) - set(LAST_SIGNALS)
+    if unknown:
+        raise ValueError(f"unknown vision signals {sorted(unknown)}; there are {FEATURE_SIGNALS + LAST_SIGNALS}")
+    if pixels_BHWC.shape[1:] != (cfg.vit.image_size, cfg.vit.image_size, 3):
+        side = cfg.vit.image_size
+        raise ValueError(f"pictures of shape {pixels_BHWC.shape[1:]} do not fit a tower for {(side, side, 3)}")
+    # With the last block's output as features, both kinds of signals come from the one run.
+    whole = cfg.vit.feature_blocks == cfg.vit.layers
+    first = tuple(name for name in signals if whole or name in FEATURE_SIGNALS)
+    last = tuple(name for name in signals if name not in first)
+    x = embed(cfg.vit, params, pixels_BHWC)
+    x, read = run_blocks(cfg, params, x, 0, cfg.vit.feature_blocks, first)
+    result = x
+    if last or summary:
+        x, read_last = run_blocks(cfg, params, x, cfg.vit.feature_blocks, cfg.vit.layers, last)
+        read = {**read, **read_last}
+    pooled = layers.apply(layers.LayerNorm(cfg.vit.norm_eps), params["post_norm"], x[:, 0]) if summary else None
+    return VisionFeatures(patches_BPD=result[:, 1:], cls_BD=result[:, 0], signals=read), pooled

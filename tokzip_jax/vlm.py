@@ -1,0 +1,290 @@
+"""The vision-language model: pictures and text in, hidden states, logits or answers out.
+
+    image -> vit -> encoder-site compressor -> projector -> splice with text and VoCo tokens -> llm -> logits
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tokzip_jax import compress, layout, llm, vit
+from tokzip_jax.config import MethodConfig, ModelConfig
+from tokzip_jax.layout import Layout
+from tokzip_jax.llm import KvCache
+from tokzip_jax.masks import TABLES
+from tokzip_jax.projectors import PROJECTORS
+from tokzip_jax.types import PAD, TEXT, VISION, VOCO, Array, Params, TokenStream, VisualTokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """What one pass gives.
+
+    Attributes:
+        hidden_BTD: [B, T', D] hidden states before the final norm, one a slot.
+        layout: what every slot is.
+        visual: the visual tokens after the projector, [B*I, M, ...].
+        summary_BD: the CLS token behind the vision tower's last norm, [B*I, D] (None unless asked for).
+    """
+
+    hidden_BTD: Array
+    layout: Layout
+    visual: VisualTokens
+    summary_BD: Array | None
+
+
+def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
+    """Fresh parameters of the whole model with one kind of projector."""
+    keys = jax.random.split(key, 5)
+    params = {
+        "vit": vit.init(cfg.vit, keys[0], cfg.param_dtype),
+        "projector": {projector: PROJECTORS[projector].init(cfg, keys[1])},
+        "llm": llm.init(cfg.llm, keys[2], cfg.param_dtype),
+        # The official code's new vocabulary row is drawn like this too.
+        "voco": {"table": 0.02 * jax.random.normal(keys[3], (cfg.voco_embeddings, cfg.llm.width), cfg.param_dtype)},
+    }
+    if cfg.contrast_dim:
+        image, text = jax.random.split(keys[4])
+        dtype = cfg.param_dtype
+        params["contrast"] = {
+            "image": {"w": cfg.vit.width**-0.5 * jax.random.normal(image, (cfg.vit.width, cfg.contrast_dim), dtype)},
+            "text": {"w": cfg.llm.width**-0.5 * jax.random.normal(text, (cfg.llm.width, cfg.contrast_dim), dtype)},
+            # Temperature 10 and bias -10: the start that SigLIP found stable (arXiv 2303.15343, section 3.2).
+            "scale": jnp.asarray(jnp.log(10.0), dtype),
+            "bias": jnp.asarray(-10.0, dtype),
+        }
+    return params
+
+
+def visual_slots(cfg: ModelConfig, method: MethodConfig) -> int:
+    """Visual tokens of one image that enter the language model."""
+    kept = cfg.vit.patches if method.encoder == "none" else method.tokens
+    return PROJECTORS[method.projector].count(method, kept)
+
+
+def encode(
+    cfg: ModelConfig, params: Params, images: Array, method: MethodConfig, key: Array, *, summary: bool = False
+) -> tuple[VisualTokens, Array | None]:
+    """Pictures to projected visual tokens.
+
+    Args:
+        cfg, params: the model.
+        images: [B, I, H, W, 3], uint8, or floats that are normalised already.
+        method: encoder site and projector.
+        key: for random selection; picture n of the flattened [B*I] uses it folded with n.
+        summary: also return the CLS token behind the last norm.
+
+    Returns:
+        Visual tokens [B*I, M, D_llm], and the summary [B*I, D_vit] or None.
+    """
+    pixels = vit.normalise(images, cfg.dtype) if images.dtype == jnp.uint8 else images.astype(cfg.dtype)
+    encoder = compress.ENCODER[method.encoder]
+    found, pooled = vit.features(
+        cfg, params["vit"], pixels.reshape(-1, *images.shape[2:]), signals=encoder.signals, summary=summary
+    )
+    tokens = encoder.function(
+        found,
+        tokens=method.tokens,
+        contextual=method.contextual,
+        merge=method.merge,
+        targets=method.targets,
+        key=key,
+    )
+    projector = PROJECTORS[method.projector]
+    return projector.apply(cfg, method, params["projector"][method.projector], tokens), pooled
+
+
+def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -> Array:
+    """The embedding of every slot, [B, T', D]: text by id, vision from [B, I*M, D], VoCo from its table; padding is 0."""
+    dtype = jnp.dtype(cfg.dtype)
+    text = params["llm"]["embed"]["table"].astype(dtype)[slots.ids]
+    index = jnp.maximum(slots.visual, 0)[:, :, None]
+    vision = jnp.take_along_axis(visual_BVD.astype(dtype), index, axis=1)
+    table = params["voco"]["table"].astype(dtype)
+    # One row: all VoCo tokens share it (official). Several: each has its own.
+    voco = table[jnp.clip(slots.voco, 0, table.shape[0] - 1)]
+    kind = slots.stream.kind[:, :, None]
+    x = jnp.where(kind == VISION, vision, jnp.where(kind == VOCO, voco, text))
+    return jnp.where(kind == PAD, 0, x)
+
+
+def embed(
+    cfg: ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    method: MethodConfig,
+    *,
+    voco_count: Array | int,
+    key: Array,
+    summary: bool = False,
+) -> tuple[Array, Layout, VisualTokens, Array | None]:
+    """Everything before the language model's first layer: (embeddings [B, T', D], layout, visual tokens, summary)."""
+    rows, images = batch["images"].shape[:2]
+    visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary)
+    slots = layout.expand(
+        batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count
+    )
+    flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
+    return splice(cfg, params, slots, flat), slots, visual, pooled
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    method: MethodConfig,
+    *,
+    table: Array | None = None,
+    voco_count: Array | int | None = None,
+    key: Array | None = None,
+    summary: bool = False,
+) -> Forward:
+    """One pass over whole rows, for training and scoring.
+
+    Args:
+        cfg, params: the model.
+        batch: "images", "ids", "thread", "sample", "supervised" (see `data.pipeline`).
+        method: what becomes of the pictures.
+        table: who sees whom; None = `masks.TABLES[method.voco_mask]`.
+        voco_count: VoCo tokens in use, a scalar or [B]; None = all `method.voco` slots.
+        key: for random selection; None = `method.seed`.
+        summary: also return the CLS summary.
+    """
+    key = jax.random.key(method.seed) if key is None else key
+    table = jnp.asarray(TABLES[method.voco_mask]) if table is None else table
+    count = method.voco if voco_count is None else voco_count
+    x, slots, visual, pooled = embed(cfg, params, batch, method, voco_count=count, key=key, summary=summary)
+    hidden, _ = llm.run_layers(cfg, params["llm"]["layers"], x, slots.stream, table)
+    return Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A read prompt, ready to be continued.
+
+    Attributes:
+        cache: keys and values of the prompt and of the free slots behind it.
+        logits_BV: [B, V] for the token after each row's last one.
+        last: stream [B, 1] of that last token.
+    """
+
+    cache: KvCache
+    logits_BV: Array
+    last: TokenStream
+
+
+def _last_slot(stream: TokenStream) -> Array:
+    """[B, 1] index of each row's last real slot."""
+    index = jnp.arange(stream.kind.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(stream.kind != PAD, index, 0), axis=1, keepdims=True)
+
+
+def read(
+    cfg: ModelConfig, params: Params, x_BTD: Array, stream: TokenStream, table: Array, *, cache: KvCache, offset: int
+) -> Prompt:
+    """Run a prompt's embeddings into a cache from slot `offset` on; the head runs on the last position only."""
+    cache, stream = llm.write_stream(cache, stream, offset)
+    blocks = params["llm"]["layers"]
+    hidden, (k, v) = llm.run_layers(cfg, blocks, x_BTD, stream, table, cache=cache, offset=offset, keep=True)
+    last = _last_slot(stream)
+    final = jnp.take_along_axis(hidden, last[:, :, None], axis=1)
+    return Prompt(
+        cache=dataclasses.replace(cache, k=k, v=v),
+        logits_BV=llm.logits(cfg, params["llm"], final)[:, 0],
+        last=jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, last, axis=1), stream),
+    )
+
+
+def prefill(
+    cfg: ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    method: MethodConfig,
+    *,
+    max_new: int,
+    table: Array | None = None,
+    voco_count: Array | int | None = None,
+    key: Array | None = None,
+) -> Prompt:
+    """Read prompts (pictures, VoCo tokens and text) in one pass, leaving room for `max_new` tokens.
+
+    Rows may have different lengths and either padding side; each row holds one thread. Arguments as in `forward`.
+    """
+    key = jax.random.key(method.seed) if key is None else key
+    table = jnp.asarray(TABLES[method.voco_mask]) if table is None else table
+    count = method.voco if voco_count is None else voco_count
+    x, slots, _, _ = embed(cfg, params, batch, method, voco_count=count, key=key)
+    cache = llm.empty_cache(cfg, x.shape[0], x.shape[1] + max_new)
+    return read(cfg, params, x, slots.stream, table, cache=cache, offset=0)
+
+
+def decode(
+    cfg: ModelConfig,
+    params: Params,
+    blocks: tuple[Params, ...],
+    prompt: Prompt,
+    *,
+    max_new: int,
+    eos_id: int,
+    table: Array,
+    temperature: float = 0.0,
+    key: Array | None = None,
+) -> tuple[Array, Array]:
+    """Continue prompts on the device, one token a step, until every row has ended.
+
+    Args:
+        cfg, params: the model.
+        blocks: its layers out of `stack.unstack(params["llm"]["layers"])`, made once: a loop over single blocks does
+            not copy their weights at every step, as a scan over the stack would.
+        prompt: from `prefill`, `read` or `voco.ask`, with at least `max_new` free slots.
+        max_new: the most tokens written a row.
+        eos_id: ends a row; it is written too.
+        table: who sees whom.
+        temperature: 0 = greedy; otherwise the softmax temperature of sampling, with `key`.
+
+    Returns:
+        tokens [B, max_new] int32 (0 behind the end), and how many of them are real [B].
+
+    Raises:
+        ValueError: no room in the cache, or sampling without a key.
+    """
+    rows, slots = prompt.cache.stream.kind.shape
+    if max_new < 1 or max_new > slots:
+        raise ValueError(f"max_new={max_new} does not fit a cache of {slots} slots; it must lie between 1 and {slots}")
+    if temperature < 0 or (temperature > 0 and key is None):
+        raise ValueError(f"temperature={temperature} needs a value >= 0, and a key where it is above 0")
+    start = slots - max_new
+    key = jax.random.key(0) if key is None else key
+
+    def choose(logits_BV: Array, step: Array) -> Array:
+        if temperature == 0:
+            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        draw = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / temperature, axis=-1)
+        return draw.astype(jnp.int32)
+
+    def one_more(carry):
+        step, token, ended, tokens, cache = carry
+        kind = jnp.where(ended, PAD, TEXT).astype(jnp.int32)[:, None]
+        last = prompt.last
+        new = dataclasses.replace(last, kind=kind, segment=jnp.zeros_like(kind), position=last.position + step)
+        cache, new = llm.write_stream(cache, new, start + step - 1)
+        x = params["llm"]["embed"]["table"].astype(cfg.dtype)[token[:, None]]
+        hidden, (k, v) = llm.run_layers(
+            cfg, blocks, x, new, table, cache=cache, offset=start + step - 1, keep=True
+        )
+        token = jnp.where(ended, 0, choose(llm.logits(cfg, params["llm"], hidden)[:, 0], step))
+        tokens = tokens.at[:, step].set(token)
+        return step + 1, token, ended | (token == eos_id), tokens, dataclasses.replace(cache, k=k, v=v)
+
+    first = choose(prompt.logits_BV, jnp.int32(0))
+    tokens = jnp.zeros((rows, max_new), jnp.int32).at[:, 0].set(first)
+    cache = dataclasses.replace(prompt.cache, k=tuple(prompt.cache.k), v=tuple(prompt.cache.v))
+    carry = (jnp.int32(1), first, first == eos_id, tokens, cache)
+    _, _, _, tokens, _ = jax.lax.while_loop(lambda c: (c[0] < max_new) & ~jnp.all(c[2]), one_more, carry)
+    # Vocabulary id 0 is padding and may be chosen by an untrained model; count up to the first end instead.
+    ends = tokens == eos_id
+    length = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, max_new)
+    return tokens, length.astype(jnp.int32)
