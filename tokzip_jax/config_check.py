@@ -1,0 +1,227 @@
+"""Checks across config fields, before anything is compiled: one sentence with the key and its valid range."""
+
+import math
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from tokzip_jax import attention, compress, layers, layout, masks, stack, vlm
+from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RunConfig, StageConfig
+from tokzip_jax.projectors import PROJECTORS
+
+DTYPES = ("float32", "bfloat16", "float16")
+PLATFORMS = ("", "cpu", "gpu", "tpu")
+
+
+def validate(cfg: RunConfig) -> None:
+    """Check a whole run.
+
+    Raises:
+        ValueError: the first thing that cannot work, as one sentence naming the key, its value and what is valid.
+    """
+    _one_of("platform", cfg.platform, PLATFORMS)
+    _at_least("log_every", cfg.log_every, 1)
+    _at_least("checkpoint_every", cfg.checkpoint_every, 1)
+    _model(cfg.model)
+    _data(cfg.data, cfg.model)
+    for axis in ("data", "model"):
+        size = getattr(cfg.mesh, axis)
+        _require(size == -1 or size >= 1, f"mesh.{axis} = {size} must be >= 1, or -1 for all remaining devices")
+    _require(cfg.mesh.data != -1 or cfg.mesh.model != -1, "mesh.data and mesh.model cannot both be -1")
+    stage_order(cfg)
+    for name, stage in cfg.stages.items():
+        _stage(f"stages.{name}", stage, cfg)
+    for name, row in cfg.rows.items():
+        _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
+        _at_least(f"rows.{name}.seeds", row.seeds, 1)
+        check_method(f"rows.{name}.method", row.method, cfg.model)
+        _fits(f"rows.{name}.method", row.method, cfg)
+    _eval(cfg)
+
+
+def stage_order(cfg: RunConfig) -> list[str]:
+    """The stages in an order in which every `init_from` comes first; ties by name.
+
+    An `init_from` is another stage, "" (fresh), or a path of converted parameters, recognised by a "/" in it.
+
+    Raises:
+        ValueError: an `init_from` that is no stage and no path, or a circle.
+    """
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for name, stage in cfg.stages.items():
+        origin = stage.init_from
+        parents = [origin] if origin and "/" not in origin else []
+        _require(
+            not parents or origin in cfg.stages,
+            f"stages.{name}.init_from = {origin!r} is no stage; choose one of {', '.join(sorted(cfg.stages))}, "
+            "\"\" for fresh parameters, or a path (with a '/')",
+        )
+        sorter.add(name, *parents)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise ValueError(f"init_from of the stages runs in a circle: {' -> '.join(error.args[1])}") from None
+    order = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        order.extend(ready)
+        sorter.done(*ready)
+    return order
+
+
+def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
+    """Check one method against a model; `key` is its dotted place in the config, for the message."""
+    patches, grid = model.vit.patches, model.vit.grid
+    _one_of(f"{key}.encoder", method.encoder, sorted({"none", *compress.ENCODER}))
+    _one_of(f"{key}.merge", method.merge, ("official", "paper"))
+    _one_of(f"{key}.targets", method.targets, ("official", "even"))
+    _one_of(f"{key}.projector", method.projector, sorted(PROJECTORS))
+    _one_of(f"{key}.voco_mask", method.voco_mask, sorted(masks.TABLES))
+    if method.encoder != "none":
+        try:
+            compress.check(method.encoder, patches, method.tokens, method.contextual)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    if method.projector == "avgpool_linear":
+        _require(
+            method.encoder == "none",
+            f"{key}.encoder = {method.encoder!r} breaks the grid that avgpool_linear pools; it must be 'none'",
+        )
+        _require(
+            1 <= method.pool_grid <= grid and grid % method.pool_grid == 0,
+            f"{key}.pool_grid = {method.pool_grid} must be a divisor of the {grid} patches of a side (1 .. {grid})",
+        )
+    limit = model.voco_embeddings if model.voco_embeddings > 1 else math.inf
+    _require(
+        0 <= method.voco <= limit,
+        f"{key}.voco = {method.voco} must lie between 0 and model.voco_embeddings = {model.voco_embeddings}"
+        if limit < math.inf
+        else f"{key}.voco = {method.voco} must be >= 0",
+    )
+    _require(
+        method.voco > 0 or method.voco_mask == "visible",
+        f"{key}.voco = 0 with the VoCo mask {method.voco_mask!r} would hide every picture from the text; "
+        "use voco >= 1, or voco_mask='visible'",
+    )
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _one_of(key: str, value: Any, names: Iterable[str]) -> None:
+    names = list(names)
+    choices = ", ".join(repr(name) for name in names)
+    _require(value in names, f"{key} = {value!r} is unknown; choose one of {choices or '(there is none)'}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    _require(least <= value < math.inf, f"{key} = {value} must be >= {least} and finite")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    _require(low <= value <= high, f"{key} = {value} must lie between {low} and {high}")
+
+
+def _model(model: ModelConfig) -> None:
+    vit, llm = model.vit, model.llm
+    for name in ("image_size", "patch_size", "width", "layers", "heads", "mlp_dim"):
+        _at_least(f"model.vit.{name}", getattr(vit, name), 1)
+    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "max_positions"):
+        _at_least(f"model.llm.{name}", getattr(llm, name), 1)
+    _require(
+        vit.image_size % vit.patch_size == 0,
+        f"model.vit.image_size = {vit.image_size} must be a multiple of model.vit.patch_size = {vit.patch_size}",
+    )
+    _require(
+        vit.width % vit.heads == 0,
+        f"model.vit.heads = {vit.heads} must divide model.vit.width = {vit.width}",
+    )
+    _require(
+        llm.heads % llm.kv_heads == 0,
+        f"model.llm.kv_heads = {llm.kv_heads} must divide model.llm.heads = {llm.heads}",
+    )
+    _require(
+        llm.head_dim % 2 == 0, f"model.llm.head_dim = {llm.head_dim} must be even (rotary positions turn pairs)"
+    )
+    _within("model.vit.feature_layer", vit.feature_layer, -vit.layers, -1)
+    _one_of("model.vit.activation", vit.activation, sorted(layers.ACTIVATIONS))
+    _one_of("model.attention", model.attention, sorted(attention.IMPLEMENTATIONS))
+    _one_of("model.remat", model.remat, ["none", *sorted(stack.POLICIES)])
+    for name in ("param_dtype", "dtype", "logits_dtype"):
+        _one_of(f"model.{name}", getattr(model, name), DTYPES)
+    _at_least("model.voco_embeddings", model.voco_embeddings, 1)
+    _at_least("model.contrast_dim", model.contrast_dim, 0)
+
+
+def _data(data: DataConfig, model: ModelConfig) -> None:
+    _one_of("data.on_error", data.on_error, ("skip", "raise"))
+    for name, least in (("images", 1), ("questions", 0), ("caption_length", 1), ("workers", 0)):
+        _at_least(f"data.{name}", getattr(data, name), least)
+    # BOS, the two placeholders of every image, and at least question, answer and end of one question.
+    _at_least("data.text_length", data.text_length, 1 + 2 * data.images + 3)
+    if not data.tokenizer:
+        _within("data.vocab_size", data.vocab_size, 5, model.llm.vocab_size)
+
+
+def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
+    loss, optim = stage.loss, stage.optim
+    for name in ("steps", "batch_size"):
+        _at_least(f"{key}.{name}", getattr(stage, name), 1)
+    _at_least(f"{key}.optim.accumulate", optim.accumulate, 1)
+    _require(
+        stage.batch_size % optim.accumulate == 0,
+        f"{key}.batch_size = {stage.batch_size} must be a multiple of {key}.optim.accumulate = {optim.accumulate}",
+    )
+    _require(bool(stage.train), f"{key}.train is empty; name at least one pattern of parameters to train")
+    _within(f"{key}.optim.warmup_steps", optim.warmup_steps, 0, stage.steps)
+    _within(f"{key}.optim.final_fraction", optim.final_fraction, 0, 1)
+    for name in ("learning_rate", "weight_decay", "clip_norm"):
+        _at_least(f"{key}.optim.{name}", getattr(optim, name), 0)
+    for name in ("b1", "b2"):
+        value = getattr(optim, name)
+        _require(0 <= value < 1, f"{key}.optim.{name} = {value} must be >= 0 and below 1")
+    for name in ("ce", "kl", "contrast"):
+        _at_least(f"{key}.loss.{name}", getattr(loss, name), 0)
+    _require(loss.ce + loss.kl + loss.contrast > 0, f"{key}.loss: ce, kl and contrast are all 0; nothing would train")
+    _require(loss.temperature > 0, f"{key}.loss.temperature = {loss.temperature} must be above 0")
+    _at_least(f"{key}.loss.chunk", loss.chunk, 1)
+    _require(
+        loss.kl == 0 or bool(stage.init_from),
+        f"{key}.loss.kl = {loss.kl} needs a teacher: set {key}.init_from to the stage to distil from",
+    )
+    _require(
+        loss.contrast == 0 or cfg.model.contrast_dim > 0,
+        f"{key}.loss.contrast = {loss.contrast} needs model.contrast_dim >= 1",
+    )
+    check_method(f"{key}.method", stage.method, cfg.model)
+    least = 0 if stage.method.voco_mask == "visible" else 1
+    for count in stage.voco_counts:
+        _require(
+            least <= count <= stage.method.voco,
+            f"{key}.voco_counts holds {count}; with voco_mask={stage.method.voco_mask!r} every count must lie "
+            f"between {least} and {key}.method.voco = {stage.method.voco}",
+        )
+    _fits(f"{key}.method", stage.method, cfg)
+
+
+def _fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:
+    visual = vlm.visual_slots(cfg.model, method)
+    length = layout.slots(cfg.data.text_length, images=cfg.data.images, visual=visual, voco=method.voco)
+    _require(
+        length <= cfg.model.llm.max_positions,
+        f"model.llm.max_positions = {cfg.model.llm.max_positions} is too small for {key}: data.text_length = "
+        f"{cfg.data.text_length} with {cfg.data.images} x ({visual} visual + {method.voco} VoCo) tokens needs {length}",
+    )
+
+
+def _eval(cfg: RunConfig) -> None:
+    _at_least("eval.batch_size", cfg.eval.batch_size, 1)
+    _at_least("eval.limit", cfg.eval.limit, 0)
+    _at_least("eval.pictures", cfg.eval.pictures, 0)
+    if cfg.rows:
+        for name in ("upper", "lower"):
+            _one_of(f"eval.{name}", getattr(cfg.eval, name), sorted(cfg.rows))
+        for name in cfg.eval.order:
+            _one_of("eval.order entry", name, sorted(cfg.rows))
