@@ -1,0 +1,112 @@
+"""Optimiser: schedule, freezing, decay, clipping and accumulation against arithmetic written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tokzip_jax import optim
+from tokzip_jax.config import OptimConfig
+from tokzip_jax.paths import flatten
+
+PARAMS = {
+    "vit": {
+        "cls": np.ones(4, np.float32),
+        "layers": {"0": {"attn": {"q": {"w": np.ones((2, 4, 2, 2), np.float32), "b": np.ones((2, 2, 2), np.float32)}}}},
+        "pre_norm": {"scale": np.ones(4, np.float32), "bias": np.ones(4, np.float32)},
+    },
+    "llm": {
+        "layers": {"0": {"norm1": {"scale": np.ones((2, 4), np.float32)}}},
+        "head": {"w": np.ones((4, 6), np.float32)},
+    },
+    "voco": {"table": np.ones((1, 4), np.float32)},
+    "contrast": {"image": {"w": np.ones((4, 2), np.float32)}, "scale": np.ones((), np.float32)},
+}
+PARAMS = jax.tree.map(jnp.asarray, PARAMS)
+GRADS = jax.tree.map(lambda p: 0.5 * jnp.ones_like(p), PARAMS)
+
+
+def run(cfg, patterns, grads=GRADS, steps=10, updates=1):
+    tx, schedule = optim.make_optimizer(cfg, steps, PARAMS, patterns)
+    state, params = tx.init(PARAMS), PARAMS
+    update = jax.jit(tx.update)
+    for _ in range(updates):
+        change, state = update(grads, state, params)
+        params = optax.apply_updates(params, change)
+    return flatten(params), flatten(state), schedule
+
+
+def test_paths():
+    assert optim.path_tree(PARAMS)["vit"]["layers"]["0"]["attn"]["q"]["w"] == "vit/layers/0/attn/q/w"
+
+
+def test_schedule():
+    cfg = OptimConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1)
+    schedule = optim.make_schedule(cfg, 12)
+    np.testing.assert_allclose([schedule(n) for n in range(5)], [0, 0.5, 1, 1.5, 2])
+    np.testing.assert_allclose(schedule(8), 0.2 + 0.9, rtol=1e-6)  # half way down
+    np.testing.assert_allclose([schedule(12), schedule(50)], [0.2, 0.2], rtol=1e-6)
+    assert optim.make_schedule(OptimConfig(learning_rate=2.0), 12)(0) == 2
+    only_warmup = optim.make_schedule(OptimConfig(learning_rate=2.0, warmup_steps=3), 3)
+    np.testing.assert_allclose([only_warmup(n) for n in range(4)], [0, 2 / 3, 4 / 3, 2], rtol=1e-6)
+
+
+def test_frozen_parameters_do_not_move_and_have_no_moments():
+    params, state, _ = run(OptimConfig(learning_rate=0.1), ("llm/.*", "voco/table"), updates=2)
+    before = flatten(PARAMS)
+    moved = {path for path in before if not np.array_equal(params[path], before[path])}
+    assert moved == {"llm/layers/0/norm1/scale", "llm/head/w", "voco/table"}
+    assert not [path for path in state if "/vit/" in path or "/contrast/" in path]
+    assert len([path for path in state if path.endswith("llm/head/w")]) == 2  # mean and square
+
+
+def test_decay_reaches_matrices_only():
+    zero = jax.tree.map(jnp.zeros_like, GRADS)
+    params, _, _ = run(OptimConfig(learning_rate=0.1, weight_decay=0.5), (".*",), grads=zero)
+    shrunk = {path for path, leaf in params.items() if not np.all(leaf == 1)}
+    assert shrunk == {"vit/layers/0/attn/q/w", "llm/head/w"}
+    np.testing.assert_allclose(params["llm/head/w"], 1 - 0.1 * 0.5, rtol=1e-6)
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient():
+    # Adam's step hides the gradient's length; its first moment shows it.
+    cfg = OptimConfig(learning_rate=0.1, clip_norm=1.0, b1=0.5)
+    _, state, _ = run(cfg, ("llm/head/w",))
+    norm = 0.5 * np.sqrt(PARAMS["llm"]["head"]["w"].size)  # frozen gradients do not count
+    (mean,) = (leaf for path, leaf in state.items() if "/mu/" in path)
+    np.testing.assert_allclose(mean, 0.5 * 0.5 / norm, rtol=1e-6)
+    _, state, _ = run(OptimConfig(clip_norm=0.0, b1=0.5), ("llm/head/w",))
+    (mean,) = (leaf for path, leaf in state.items() if "/mu/" in path)
+    np.testing.assert_allclose(mean, 0.25, rtol=1e-6)
+
+
+def test_accumulation_is_one_step_on_the_mean():
+    cfg = OptimConfig(learning_rate=0.1, accumulate=2, clip_norm=0.0)
+    tx, _ = optim.make_optimizer(cfg, 10, PARAMS, ("llm/head/w",))
+    state, params = tx.init(PARAMS), PARAMS
+    rng = np.random.default_rng(0)
+    parts = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS) for _ in range(2)]
+    for n, grads in enumerate(parts):
+        change, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, change)
+        assert bool(np.array_equal(params["llm"]["head"]["w"], PARAMS["llm"]["head"]["w"])) == (n == 0)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    whole, _, _ = run(OptimConfig(learning_rate=0.1, clip_norm=0.0), ("llm/head/w",), grads=mean)
+    np.testing.assert_allclose(params["llm"]["head"]["w"], whole["llm/head/w"], rtol=1e-6)
+    assert not [path for path in flatten(state) if "/vit/" in path]
+
+
+def test_trained_norm_leaves_frozen_gradients_out():
+    mask = optim.trained(PARAMS, ("voco/.*",))
+    np.testing.assert_allclose(optim.trained_norm(GRADS, mask), 0.5 * np.sqrt(4), rtol=1e-6)
+
+
+def test_a_pattern_without_a_parameter_is_refused():
+    with pytest.raises(ValueError, match=r"train pattern 'llm/hed/\.\*' matches no parameter.*contrast, llm, vit"):
+        optim.make_optimizer(OptimConfig(), 1, PARAMS, ("voco/.*", "llm/hed/.*"))
+
+
+def test_an_uncovered_path_is_refused():
+    with pytest.raises(ValueError, match="no weight-decay rule covers 'llm/gate'"):
+        optim.make_optimizer(OptimConfig(), 1, {"llm": {"gate": jnp.ones(2)}}, (".*",))

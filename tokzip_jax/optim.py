@@ -1,0 +1,106 @@
+"""AdamW with linear warm-up, cosine decay, clipping, accumulation and freezing by parameter path."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokzip_jax.config import OptimConfig
+from tokzip_jax.paths import first_match, flatten, map_with_path, path_tree
+from tokzip_jax.types import Array
+
+__all__ = ["make_optimizer", "make_schedule", "path_tree", "trained", "trained_norm"]
+
+# Whether AdamW decays a parameter: matrices yes; norms, biases, scalars and embeddings with a meaning of their own no.
+DECAY: tuple[tuple[str, bool], ...] = (
+    (r"(.*/)?(pre_|post_)?norm\d?/(scale|bias)", False),
+    (r".*/b", False),
+    (r"vit/(cls|pos)", False),
+    (r"voco/table", False),
+    (r"contrast/.*", False),
+    (r"vit/patch/kernel", True),
+    (r"llm/embed/table", True),
+    (r".*/w", True),
+)
+
+
+def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate of optimiser step n (from 0): linear from 0 to the peak, then half a cosine.
+
+    The cosine ends at `final_fraction` of the peak at step `steps`; later steps stay there.
+    """
+    peak, warmup = cfg.learning_rate, cfg.warmup_steps
+    parts, borders = [], []
+    if warmup:
+        parts.append(optax.linear_schedule(0.0, peak, warmup))
+        borders.append(warmup)
+    if steps > warmup:
+        parts.append(optax.cosine_decay_schedule(peak, steps - warmup, alpha=cfg.final_fraction))
+    return optax.join_schedules(parts, borders[: len(parts) - 1])
+
+
+def trained(params: Any, patterns: Sequence[str]) -> Any:
+    """A tree of bools: which parameters train, i.e. have a path that one of the patterns matches whole.
+
+    Args:
+        params: parameters or their `ShapeDtypeStruct`s.
+        patterns: regular expressions over slash paths, e.g. ("projector/.*", "voco/.*").
+
+    Raises:
+        ValueError: a pattern that matches no parameter, which would silently train less than asked for.
+    """
+    paths = list(flatten(params))
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            roots = sorted({path.split("/")[0] for path in paths})
+            raise ValueError(
+                f"train pattern {pattern!r} matches no parameter; a pattern has to match a whole path "
+                f"such as {paths[-1]!r}, and paths begin with {', '.join(roots)}"
+            )
+    return map_with_path(lambda path, _: any(re.fullmatch(pattern, path) for pattern in patterns), params)
+
+
+def trained_norm(grads: Any, mask: Any) -> Array:
+    """Global norm of the gradients that `mask` (from `trained`) marks; the others stay dead code under jit."""
+    picked = jax.tree.map(lambda grad, on: grad if on else None, grads, mask)
+    return optax.tree.norm(picked) if jax.tree.leaves(picked) else jnp.zeros(())
+
+
+def make_optimizer(
+    cfg: OptimConfig, steps: int, params: Any, train_patterns: Sequence[str]
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    """The optimiser of one stage.
+
+    Only trained parameters count in the clipped norm and get Adam moments (and an accumulated gradient); the updates
+    of frozen ones are zero. With `accumulate` = n every n-th update moves the parameters, by the mean gradient, and
+    the schedule counts those moves only.
+
+    Args:
+        cfg: the stage's `optim`; `clip_norm` 0 = no clipping.
+        steps: optimiser steps of the stage, the end of the schedule.
+        params: parameters or their `ShapeDtypeStruct`s, for their paths.
+        train_patterns: the stage's `train`.
+
+    Returns:
+        The optax transformation and the learning-rate schedule.
+
+    Raises:
+        ValueError: a train pattern without a parameter, or a parameter that `DECAY` does not cover.
+    """
+    schedule = make_schedule(cfg, steps)
+    mask = trained(params, train_patterns)
+    _decayed(params)  # every path is covered, also the frozen ones
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decayed)
+    tx = optax.chain(clip, adamw)
+    if cfg.accumulate > 1:
+        tx = optax.MultiSteps(tx, cfg.accumulate).gradient_transformation()
+    labels = jax.tree.map(lambda on: "train" if on else "freeze", mask)
+    return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels), schedule
+
+
+def _decayed(params: Any) -> Any:
+    return map_with_path(lambda path, _: first_match(DECAY, path, name="weight-decay"), params)
