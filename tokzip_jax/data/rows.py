@@ -1,0 +1,151 @@
+"""Token rows: what of which example stands in which row, planned and tokenised once, before training."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tokzip_jax.config import DataConfig
+from tokzip_jax.data.tokenizer import BOS_ID, EOS_ID
+from tokzip_jax.types import IMAGE_ID, VOCO_ID
+
+PREFIX = (BOS_ID, IMAGE_ID, VOCO_ID)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """All rows of a split, without padding: row r is `ids[start[r] : start[r + 1]]`.
+
+    Attributes:
+        ids: int32 [tokens], with the placeholders of `types`.
+        thread: int32 [tokens], 0 shared, 1.. the question within the row.
+        supervised: bool [tokens], targets of the loss.
+        start: int64 [rows + 1].
+        example: int32 [rows], index of the example in its source.
+        first: int32 [rows], index within the example of the row's first question (its thread 1).
+        count: int32 [rows], how many questions the row holds.
+        captions: int32 [examples, C], 0 = pad.
+        text_length: tokens of a padded row.
+    """
+
+    ids: np.ndarray
+    thread: np.ndarray
+    supervised: np.ndarray
+    start: np.ndarray
+    example: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    captions: np.ndarray
+    text_length: int
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index`, padded on the right: "ids", "thread", "sample", "supervised" [T] and "captions" [C]."""
+        span = slice(self.start[index], self.start[index + 1])
+        length = span.stop - span.start
+        row = {
+            "ids": np.zeros(self.text_length, np.int32),
+            "thread": np.zeros(self.text_length, np.int32),
+            "sample": np.zeros(self.text_length, np.int32),
+            "supervised": np.zeros(self.text_length, bool),
+            "captions": self.captions[self.example[index]],
+        }
+        row["ids"][:length] = self.ids[span]
+        row["thread"][:length] = self.thread[span]
+        row["sample"][:length] = 1
+        row["supervised"][:length] = self.supervised[span]
+        return row
+
+    def limited(self, examples: int) -> "Rows":
+        """The rows of the first `examples` examples."""
+        rows = int(np.searchsorted(self.example, examples))
+        return dataclasses.replace(
+            self,
+            start=self.start[: rows + 1],
+            example=self.example[:rows],
+            first=self.first[:rows],
+            count=self.count[:rows],
+        )
+
+
+def question_rows(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
+    """Pack the questions of each picture into as few rows as hold them, in their order; none is lost or repeated.
+
+    A row is [BOS][IMAGE][VOCO], then for every question its tokens, the answer's and EOS, a thread each. A picture
+    without questions has no row.
+
+    Args:
+        texts: "image_id", "questions", "answers" and "caption" of every example.
+        tokenizer: anything with BOS and EOS at ids 1 and 2.
+        cfg: reads `text_length`, `questions`, `caption_length`.
+
+    Raises:
+        ValueError: a question that does not fit into a row of its own, or a caption longer than `caption_length`.
+    """
+    questions = _encode(tokenizer, [question for text in texts for question in text["questions"]])
+    answers = _encode(tokenizer, [answer for text in texts for answer in text["answers"]])
+    room = cfg.text_length - len(PREFIX)
+    ids: list[int] = []
+    thread: list[int] = []
+    supervised: list[bool] = []
+    start, plan = [], []
+    done = 0
+    for example, text in enumerate(texts):
+        left = 0  # so that the first question opens a row
+        for number in range(len(text["questions"])):
+            question, answer = questions[done], answers[done]
+            done += 1
+            length = len(question) + len(answer) + 1
+            if length > room:
+                raise ValueError(
+                    f"data.text_length = {cfg.text_length} is too short for question {number} of picture "
+                    f"{text['image_id']}, which needs {length + len(PREFIX)}"
+                )
+            if length > left or (cfg.questions and plan[-1][2] == cfg.questions):
+                start.append(len(ids))
+                plan.append([example, number, 0])
+                ids += PREFIX
+                thread += [0] * len(PREFIX)
+                supervised += [False] * len(PREFIX)
+                left = room
+            plan[-1][2] += 1
+            left -= length
+            ids += [*question, *answer, EOS_ID]
+            thread += [plan[-1][2]] * length
+            supervised += [False] * len(question) + [True] * (len(answer) + 1)
+    columns = np.asarray(plan, np.int32).reshape(-1, 3).T
+    return Rows(
+        ids=np.asarray(ids, np.int32),
+        thread=np.asarray(thread, np.int32),
+        supervised=np.asarray(supervised, bool),
+        start=np.asarray([*start, len(ids)], np.int64),
+        example=columns[0],
+        first=columns[1],
+        count=columns[2],
+        captions=_captions(texts, tokenizer, cfg.caption_length),
+        text_length=cfg.text_length,
+    )
+
+
+def _captions(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, length: int) -> np.ndarray:
+    out = np.zeros((len(texts), length), np.int32)
+    for row, text, ids in zip(out, texts, _encode(tokenizer, [text["caption"] for text in texts])):
+        if len(ids) > length:
+            raise ValueError(
+                f"data.caption_length = {length} is too short for the caption of picture {text['image_id']}, "
+                f"which needs {len(ids)}"
+            )
+        row[: len(ids)] = ids
+    return out
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids without special tokens; equal texts are encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    encoded = tokenizer.encode_batch(distinct, add_special_tokens=False)
+    ids = {text: encoding.ids for text, encoding in zip(distinct, encoded)}
+    return [ids[text] for text in texts]
