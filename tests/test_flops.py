@@ -1,0 +1,149 @@
+"""The ledger against XLA's own count, published figures and arithmetic by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tokzip_jax import flops
+from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+
+VICUNA_7B = ModelConfig(dtype="bfloat16")
+PLAIN = MethodConfig(voco_mask="visible")
+VOCO_1 = MethodConfig(voco=1)
+SMALL = LlmConfig(vocab_size=512, width=128, layers=2, heads=8, kv_heads=2, head_dim=16, mlp_dim=384)
+
+
+def unrolled(cfg, new, past):
+    """A plain decoder without a scan, whose body XLA would count once: (parameters, tokens, cache) -> logits."""
+    wide = {
+        "q": (cfg.width, cfg.heads, cfg.head_dim),
+        "k": (cfg.width, cfg.kv_heads, cfg.head_dim),
+        "v": (cfg.width, cfg.kv_heads, cfg.head_dim),
+        "o": (cfg.heads, cfg.head_dim, cfg.width),
+        "gate": (cfg.width, cfg.mlp_dim),
+        "up": (cfg.width, cfg.mlp_dim),
+        "down": (cfg.mlp_dim, cfg.width),
+    }
+    layer = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in wide.items()}
+    cache = jax.ShapeDtypeStruct((2, past, cfg.kv_heads, cfg.head_dim), jnp.float32)
+    shapes = (
+        [layer] * cfg.layers,
+        jax.ShapeDtypeStruct((cfg.width, cfg.vocab_size), jnp.float32),
+        jax.ShapeDtypeStruct((new, cfg.width), jnp.float32),
+        [cache] * cfg.layers,
+    )
+
+    def run(layers, head, x_TD, caches):
+        for w, (past_k, past_v) in zip(layers, caches):
+            q = jnp.einsum("td,dnh->tnh", x_TD, w["q"]).reshape(new, cfg.kv_heads, -1, cfg.head_dim)
+            k = jnp.concatenate([past_k, jnp.einsum("td,dkh->tkh", x_TD, w["k"])])
+            v = jnp.concatenate([past_v, jnp.einsum("td,dkh->tkh", x_TD, w["v"])])
+            logits = jnp.einsum("tkgh,skh->kgts", q, k)
+            seen = jnp.arange(new + past)[None, :] <= past + jnp.arange(new)[:, None]
+            mixed = jnp.einsum("kgts,skh->tkgh", jax.nn.softmax(jnp.where(seen, logits, -1e30)), v)
+            x_TD = x_TD + jnp.einsum("tnh,nhd->td", mixed.reshape(new, cfg.heads, cfg.head_dim), w["o"])
+            x_TD = x_TD + (jax.nn.silu(x_TD @ w["gate"]) * (x_TD @ w["up"])) @ w["down"]
+        return x_TD[-1] @ head
+
+    return run, shapes
+
+
+@pytest.mark.parametrize("new, past", [(48, 0), (16, 64)])
+def test_llm_flops_within_five_percent_of_xla(new, past):
+    run, shapes = unrolled(SMALL, new, past)
+    counted = jax.jit(run).lower(*shapes).compile().cost_analysis()["flops"]
+    assert flops.llm_flops(SMALL, new, past=past, causal=False) == pytest.approx(counted, rel=0.05)
+
+
+def test_llm_flops_by_hand():
+    cfg = LlmConfig(vocab_size=7, width=4, layers=3, heads=2, kv_heads=1, head_dim=2, mlp_dim=5)
+    weights = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 5  # q, k and v, o, SwiGLU
+    head = 2 * 4 * 7
+    assert flops.llm_flops(cfg, 1) == 3 * (2 * weights + 4 * 4) + head
+    assert flops.llm_flops(cfg, 2, past=3) == 3 * (4 * weights + 4 * 4 * (4 + 5)) + head
+    assert flops.llm_flops(cfg, 2, past=3, causal=False) == 3 * (4 * weights + 4 * 4 * 2 * 5) + head
+    assert flops.llm_flops(cfg, 2, past=3, head=0) == flops.llm_flops(cfg, 2, past=3) - head
+
+
+def test_reading_in_two_parts_costs_what_reading_at_once_costs():
+    both = flops.llm_flops(SMALL, 5, head=0) + flops.llm_flops(SMALL, 3, past=5)
+    assert both == flops.llm_flops(SMALL, 8)
+
+
+def test_vit_flops_of_clip_l():
+    # The 23 blocks that LLaVA's feature layer needs, and all 24.
+    assert flops.vit_flops(VitConfig()) == pytest.approx(365e9, rel=0.01)
+    assert flops.vit_flops(VitConfig(feature_layer=-1)) == pytest.approx(381e9, rel=0.01)
+
+
+def test_kv_bytes_of_published_tables():
+    llm = VICUNA_7B.llm
+    assert flops.kv_bytes_per_token(llm, "bfloat16") == 524_288
+    assert flops.kv_bytes_per_token(llm, "float32") == 2 * 524_288
+    assert flops.kv_bytes_per_token(dataclasses.replace(llm, kv_heads=8), "bfloat16") == 524_288 // 4
+    # VoCo-LLaMA, table 7 (decimal MB): 302.4 for the whole picture, 0.525 for one token.
+    assert flops.ledger(VICUNA_7B, PLAIN, text_tokens=64).kv_bytes / 1e6 == pytest.approx(302.4, rel=2e-3)
+    assert flops.ledger(VICUNA_7B, VOCO_1, text_tokens=64).kv_bytes / 1e6 == pytest.approx(0.525, rel=2e-3)
+
+
+def test_ledger_of_the_uncompressed_model():
+    ours = flops.ledger(VICUNA_7B, PLAIN, text_tokens=64)
+    assert (ours.patches, ours.encoder_tokens, ours.visual_tokens, ours.read_tokens) == (576, 576, 576, 576)
+    assert ours.picture_flops is None
+    assert ours.prefill_flops == flops.llm_flops(VICUNA_7B.llm, 1 + 576 + 64)
+    assert ours.projector_flops == 576 * 2 * (1024 * 4096 + 4096 * 4096)
+    assert ours.prompt_kv_bytes == (1 + 576 + 64) * 524_288
+
+
+def test_ledger_of_voco_splits_into_two_stages():
+    llm = VICUNA_7B.llm
+    hidden = flops.ledger(VICUNA_7B, MethodConfig(voco=4), text_tokens=64)
+    assert (hidden.visual_tokens, hidden.voco_tokens, hidden.read_tokens) == (576, 4, 4)
+    assert hidden.picture_flops == flops.llm_flops(llm, 1 + 576 + 4, head=0)
+    assert hidden.prefill_flops == flops.llm_flops(llm, 64, past=4)
+    assert hidden.prompt_kv_bytes == (4 + 64) * 524_288
+    # With the prefix visible it stays in the cache, but is no part of the picture.
+    seen = flops.ledger(VICUNA_7B, MethodConfig(voco=4, voco_mask="prefix_visible"), text_tokens=64)
+    assert seen.prefill_flops == flops.llm_flops(llm, 64, past=5)
+    assert (seen.kv_bytes, seen.prompt_kv_bytes) == (hidden.kv_bytes, hidden.prompt_kv_bytes + 524_288)
+    # Plain causal with VoCo tokens: one pass that reads everything.
+    plain = flops.ledger(VICUNA_7B, MethodConfig(voco=4, voco_mask="visible"), text_tokens=64)
+    assert (plain.read_tokens, plain.picture_flops) == (580, None)
+    assert plain.prefill_flops == flops.llm_flops(llm, 1 + 580 + 64)
+
+
+def test_ledger_follows_the_sites():
+    zipped = MethodConfig(encoder="visionzip", tokens=64, contextual=10, voco_mask="visible")
+    ours = flops.ledger(VICUNA_7B, zipped, text_tokens=64)
+    assert (ours.patches, ours.encoder_tokens, ours.visual_tokens, ours.read_tokens) == (576, 64, 64, 64)
+    assert ours.projector_flops * 9 == flops.ledger(VICUNA_7B, PLAIN, text_tokens=64).projector_flops
+    pooled = MethodConfig(projector="avgpool_linear", pool_grid=1, voco_mask="visible")
+    ours = flops.ledger(VICUNA_7B, pooled, text_tokens=64)
+    assert (ours.encoder_tokens, ours.visual_tokens) == (576, 1)
+    assert ours.projector_flops == 2 * 1024 * 4096
+    both = dataclasses.replace(zipped, voco=2, voco_mask="voco")
+    ours = flops.ledger(VICUNA_7B, both, text_tokens=64)
+    assert (ours.visual_tokens, ours.read_tokens) == (64, 2)
+
+
+def test_ledger_refuses_what_costs_nothing():
+    with pytest.raises(ValueError, match="text_tokens=0 must be >= 1"):
+        flops.ledger(VICUNA_7B, PLAIN, text_tokens=0)
+    with pytest.raises(ValueError, match="knows no projector 'resampler'; it knows mlp2x_gelu"):
+        flops.projector_flops(VICUNA_7B, MethodConfig(projector="resampler"))
+
+
+def test_table_7_needs_three_text_lengths():
+    llm = VICUNA_7B.llm
+    lengths = [setting.text_tokens(llm) for setting in flops.VOCO_TABLE_7]
+    for setting, length in zip(flops.VOCO_TABLE_7, lengths):
+        assert setting.flops(llm, length) == pytest.approx(setting.printed, rel=1e-4)
+    assert [round(length) for length in lengths] == [154, 90, 39]
+    text = flops.voco_table_7(llm, text_tokens=64)
+    assert "No single text length gives all three printed figures: they would need 154, 90, 39 text tokens." in text
+    for figure in ("8.40 T", "0.85 T", "0.83 T", "9.6 T", "1.2 T", "0.5 T", "0.524 MB"):
+        assert figure in text
+    # A model whose picture alone costs more than the printed figure has no such length.
+    assert flops.VOCO_TABLE_7[0].text_tokens(dataclasses.replace(llm, layers=64)) is None

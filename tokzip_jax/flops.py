@@ -1,0 +1,206 @@
+"""What a method costs, counted on paper: tokens, FLOPs and KV-cache bytes.
+
+One multiply-add is two FLOPs. Counted are the matrix products (projections, attention scores and values, feed-forward,
+head); norms, softmax, rotary angles and element-wise work are not, nor is the compressor itself (for VisionZip at
+CLIP-L/14-336 about 1 MFLOP against 365 GFLOP of the tower). `causal=True` counts only the query-key pairs that a causal
+mask keeps, the work of a kernel that skips the others; `causal=False` counts all pairs, the work of plain masked
+products. VisionZip's paper counts a two-matrix feed-forward; here it is SwiGLU's three.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.vlm import visual_slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The costs of one picture, and of one question about it.
+
+    Attributes:
+        patches: patches that leave the vision tower.
+        encoder_tokens: what the encoder site passes on to the projector.
+        visual_tokens: what the projector passes on to the language model.
+        voco_tokens: VoCo tokens that follow them.
+        read_tokens: tokens of the picture that a question can read, and so those that stay in the KV cache: the VoCo
+            tokens under a mask that hides vision from text, else visual and VoCo tokens.
+        vit_flops: the vision tower up to the feature layer, one picture.
+        projector_flops: the projector, one picture.
+        picture_flops: the language model over the picture alone (prefix, visual and VoCo tokens; no head), spent once
+            however many questions follow. VoCo's stage one; None where the picture is read together with the question.
+        prefill_flops: the language model from projected visual tokens (VoCo: from the picture's cache, stage two) to
+            the logits of the answer's first token, one question.
+        kv_bytes: cache bytes of `read_tokens`, the picture's share of the cache while questions are answered.
+        prompt_kv_bytes: cache bytes of the whole prompt: the prefix where it stays visible, the picture, the question.
+    """
+
+    patches: int
+    encoder_tokens: int
+    visual_tokens: int
+    voco_tokens: int
+    read_tokens: int
+    vit_flops: int
+    projector_flops: int
+    picture_flops: int | None
+    prefill_flops: int
+    kv_bytes: int
+    prompt_kv_bytes: int
+
+
+def llm_flops(llm: LlmConfig, new: float, *, past: float = 0, head: float = 1, causal: bool = True) -> float:
+    """FLOPs of the decoder over `new` tokens that follow `past` cached ones; the head on `head` positions.
+
+    Per layer and token: 2 D (2 N H + 2 K H) for q, o, k, v and 2 * 3 D F for SwiGLU; 4 N H per query-key pair for
+    scores and values, where there are new * (new + 1) / 2 + new * past pairs (causal) or new * (new + past).
+    """
+    heads = llm.heads * llm.head_dim
+    weights = llm.width * (2 * heads + 2 * llm.kv_heads * llm.head_dim + 3 * llm.mlp_dim)
+    pairs = new * (new + 1) / 2 + new * past if causal else new * (new + past)
+    total = llm.layers * (2 * new * weights + 4 * heads * pairs) + 2 * head * llm.width * llm.vocab_size
+    return int(total) if float(total).is_integer() else total
+
+
+def vit_flops(vit: VitConfig) -> int:
+    """FLOPs of the vision tower for one picture: patch embedding and the blocks up to the feature layer."""
+    tokens = vit.patches + 1
+    patching = 2 * vit.patches * 3 * vit.patch_size**2 * vit.width
+    block = 2 * tokens * vit.width * (4 * vit.width + 2 * vit.mlp_dim) + 4 * tokens**2 * vit.width
+    return patching + vit.feature_blocks * block
+
+
+def projector_flops(model: ModelConfig, method: MethodConfig) -> int:
+    """FLOPs of the projector for one picture.
+
+    Raises:
+        ValueError: a projector that this ledger does not know.
+    """
+    inner, outer = model.vit.width, model.llm.width
+    per_token = {
+        "mlp2x_gelu": 2 * outer * (inner + outer),
+        "linear": 2 * inner * outer,
+        "avgpool_linear": 2 * inner * outer,  # the pooling itself adds, and multiplies nothing
+    }
+    if method.projector not in per_token:
+        raise ValueError(f"the ledger knows no projector {method.projector!r}; it knows {', '.join(per_token)}")
+    return visual_slots(model, method) * per_token[method.projector]
+
+
+def kv_bytes_per_token(llm: LlmConfig, dtype: str) -> int:
+    """Bytes of one token's keys and values in all layers (Vicuna 7B in bfloat16: 524,288, VoCo's "0.525 MB")."""
+    return 2 * llm.layers * llm.kv_heads * llm.head_dim * jnp.dtype(dtype).itemsize
+
+
+def ledger(
+    model: ModelConfig,
+    method: MethodConfig,
+    *,
+    text_tokens: int,
+    prefix_tokens: int = 1,
+    dtype: str | None = None,
+    causal: bool = True,
+) -> Ledger:
+    """The costs of a method on one picture and one question.
+
+    Args:
+        model, method: the model and what becomes of a picture.
+        text_tokens: tokens of the question.
+        prefix_tokens: tokens before the picture (BOS). The mask "voco" hides them from the question, and then they
+            leave the cache with the visual tokens.
+        dtype: of the KV cache; None = `model.dtype`.
+        causal: see the module's docstring.
+
+    Raises:
+        ValueError: no question, a negative prefix, or an unknown projector.
+    """
+    if text_tokens < 1 or prefix_tokens < 0:
+        raise ValueError(f"text_tokens={text_tokens} must be >= 1 and prefix_tokens={prefix_tokens} >= 0")
+    visual = visual_slots(model, method)
+    picture = prefix_tokens + visual + method.voco
+    if method.voco_mask == "visible":
+        read, past = visual + method.voco, 0
+        cached = prefix_tokens + read
+        picture_flops = None
+    else:
+        read = method.voco
+        past = cached = read + (prefix_tokens if method.voco_mask == "prefix_visible" else 0)
+        picture_flops = llm_flops(model.llm, picture, head=0, causal=causal)
+    per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)
+    return Ledger(
+        patches=model.vit.patches,
+        encoder_tokens=model.vit.patches if method.encoder == "none" else method.tokens,
+        visual_tokens=visual,
+        voco_tokens=method.voco,
+        read_tokens=read,
+        vit_flops=vit_flops(model.vit),
+        projector_flops=projector_flops(model, method),
+        picture_flops=picture_flops,
+        prefill_flops=llm_flops(
+            model.llm, text_tokens if picture_flops is not None else picture + text_tokens, past=past, causal=causal
+        ),
+        kv_bytes=read * per_token,
+        prompt_kv_bytes=(cached + text_tokens) * per_token,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSetting:
+    """A line of VoCo-LLaMA's table 7 (7B, 576 patches).
+
+    Attributes:
+        name: what is in the cache when the question comes.
+        new: picture tokens that the question's pass has to compute.
+        past: picture tokens that it finds in the cache.
+        printed: the paper's FLOPs.
+    """
+
+    name: str
+    new: int
+    past: int
+    printed: float
+
+    def flops(self, llm: LlmConfig, text_tokens: float) -> float:
+        """Ours for a question of `text_tokens` tokens."""
+        return llm_flops(llm, self.new + text_tokens, past=self.past)
+
+    def text_tokens(self, llm: LlmConfig) -> float | None:
+        """How long a question would have to be for ours to equal the printed figure; None where none is short enough.
+
+        Our count grows with the length, so halving an interval finds it.
+        """
+        low, high = 0.0, float(llm.max_positions)
+        if not self.flops(llm, low) <= self.printed <= self.flops(llm, high):
+            return None
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.flops(llm, middle) < self.printed else (low, middle)
+        return (low + high) / 2
+
+
+VOCO_TABLE_7 = (
+    CacheSetting("no cache", 576, 0, 9.6e12),
+    CacheSetting("full vision cache", 0, 576, 1.2e12),
+    CacheSetting("one VoCo token", 0, 1, 0.5e12),
+)
+
+
+def voco_table_7(llm: LlmConfig, *, text_tokens: int, dtype: str = "bfloat16") -> str:
+    """VoCo-LLaMA's table 7 beside our count at one text length, as text.
+
+    The paper does not state its text length. The last column is the length that each printed figure would need; as
+    these differ, the sentence below the table says so.
+    """
+    per_token = kv_bytes_per_token(llm, dtype)
+    rows = [("in the cache", "cache", f"ours, {text_tokens} text tokens", "printed", "would need")]
+    needed = []
+    for setting in VOCO_TABLE_7:
+        length = setting.text_tokens(llm)
+        needed.append("none" if length is None else f"{length:.0f}")
+        cache, ours = setting.past * per_token / 1e6, setting.flops(llm, text_tokens) / 1e12
+        printed = f"{setting.printed / 1e12:.1f} T"
+        rows.append((setting.name, f"{cache:.3f} MB", f"{ours:.2f} T", printed, f"{needed[-1]} text tokens"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    sentence = "No single text length gives all three printed figures: they would need"
+    return "\n".join([*lines, f"{sentence} {', '.join(needed)} text tokens."])
