@@ -64,9 +64,7 @@ def test_round_trips():
 )
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_json_round_trip_keeps_every_value(steps, rate, counts, name):
-    stage = StageConfig(
-        steps=steps, voco_counts=tuple(counts), init_from=name, optim=OptimConfig(learning_rate=rate)
-    )
+    stage = StageConfig(steps=steps, voco_counts=tuple(counts), init_from=name, optim=OptimConfig(learning_rate=rate))
     cfg = RunConfig(stages={"s": stage})
     assert config_io.from_json(config_io.to_json(cfg)) == cfg
 
@@ -216,5 +214,5 @@ def test_stage_order():
 
     assert order(b="c", a="c", c="", d="a") == ["c", "a", "b", "d"]
     assert order(b="", a="path/of/params") == ["a", "b"]
-    with pytest.raises(ValueError, match="circle: .*a.* -> .*b"):
+    with pytest.raises(ValueError, match=r"circle: .*a.* -> .*b"):
         order(a="b", b="a")

@@ -142,9 +142,7 @@ def _model(model: ModelConfig) -> None:
         llm.heads % llm.kv_heads == 0,
         f"model.llm.kv_heads = {llm.kv_heads} must divide model.llm.heads = {llm.heads}",
     )
-    _require(
-        llm.head_dim % 2 == 0, f"model.llm.head_dim = {llm.head_dim} must be even (rotary positions turn pairs)"
-    )
+    _require(llm.head_dim % 2 == 0, f"model.llm.head_dim = {llm.head_dim} must be even (rotary positions turn pairs)")
     _within("model.vit.feature_layer", vit.feature_layer, -vit.layers, -1)
     _one_of("model.vit.activation", vit.activation, sorted(layers.ACTIVATIONS))
     _one_of("model.attention", model.attention, sorted(attention.IMPLEMENTATIONS))

@@ -106,7 +106,9 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     for key in tree:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=3, cutoff=0.5)
-            guess = f"; did you mean {' or '.join(prefix + name for name in near)}?" if near else "; it has no near match."
+            guess = (
+                f"; did you mean {' or '.join(prefix + name for name in near)}?" if near else "; it has no near match."
+            )
             raise ValueError(f"unknown config key {prefix}{key}{guess} Valid keys there: {', '.join(hints)}")
     return cls(**{key: _value(hints[key], tree[key], f"{prefix}{key}") for key in tree})
 

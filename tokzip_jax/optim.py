@@ -1,4 +1,8 @@
-"""AdamW with linear warm-up, cosine decay, clipping, accumulation and freezing by parameter path."""
+"""AdamW with linear warm-up, cosine decay, clipping and freezing by parameter path.
+
+Accumulation is not here: `step.gradients` sums the parts of a batch, weighted by their supervised tokens, which a mean
+over micro-batches (`optax.MultiSteps`) would get wrong.
+"""
 
 import re
 from collections.abc import Sequence
@@ -54,13 +58,13 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
     """
     paths = list(flatten(params))
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in paths):
+        if not any(_matches((pattern,), path) for path in paths):
             roots = sorted({path.split("/")[0] for path in paths})
             raise ValueError(
                 f"train pattern {pattern!r} matches no parameter; a pattern has to match a whole path "
                 f"such as {paths[-1]!r}, and paths begin with {', '.join(roots)}"
             )
-    return map_with_path(lambda path, _: any(re.fullmatch(pattern, path) for pattern in patterns), params)
+    return map_with_path(lambda path, _: _matches(patterns, path), params)
 
 
 def trained_norm(grads: Any, mask: Any) -> Array:
@@ -74,14 +78,13 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimiser of one stage.
 
-    Only trained parameters count in the clipped norm and get Adam moments (and an accumulated gradient); the updates
-    of frozen ones are zero. With `accumulate` = n every n-th update moves the parameters, by the mean gradient, and
-    the schedule counts those moves only.
+    Only trained parameters count in the clipped norm and get Adam moments; the updates of frozen ones are zero. The
+    transformation takes the whole tree or any part of it (such as the trained parameters alone).
 
     Args:
         cfg: the stage's `optim`; `clip_norm` 0 = no clipping.
         steps: optimiser steps of the stage, the end of the schedule.
-        params: parameters or their `ShapeDtypeStruct`s, for their paths.
+        params: all parameters or their `ShapeDtypeStruct`s, for their paths.
         train_patterns: the stage's `train`.
 
     Returns:
@@ -91,15 +94,19 @@ def make_optimizer(
         ValueError: a train pattern without a parameter, or a parameter that `DECAY` does not cover.
     """
     schedule = make_schedule(cfg, steps)
-    mask = trained(params, train_patterns)
+    trained(params, train_patterns)
     _decayed(params)  # every path is covered, also the frozen ones
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decayed)
-    tx = optax.chain(clip, adamw)
-    if cfg.accumulate > 1:
-        tx = optax.MultiSteps(tx, cfg.accumulate).gradient_transformation()
-    labels = jax.tree.map(lambda on: "train" if on else "freeze", mask)
-    return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels), schedule
+
+    def labels(tree: Any) -> Any:
+        return map_with_path(lambda path, _: "train" if _matches(train_patterns, path) else "freeze", tree)
+
+    return optax.partition({"train": optax.chain(clip, adamw), "freeze": optax.set_to_zero()}, labels), schedule
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def _decayed(params: Any) -> Any:
