@@ -1,0 +1,84 @@
+"""Selection that looks at nothing: the baselines that every clever rule has to beat."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokzip_jax.compress import ops
+from tokzip_jax.types import Array, VisualTokens
+
+
+def check_tokens(name: str, patches: int, tokens: int) -> None:
+    """Refuse a number of tokens that `patches` patches cannot give.
+
+    Raises:
+        ValueError: names the number and its range.
+    """
+    if not 1 <= tokens <= patches:
+        raise ValueError(f"{name}: {tokens} tokens asked of {patches} patches; it must be 1 .. {patches}")
+
+
+@functools.partial(jax.jit, static_argnames="tokens")
+def random(patches_BPD: Array, *, tokens: int, key: Array) -> VisualTokens:
+    """Keep a random set of patches, in raster order, drawn without replacement.
+
+    The choice depends on the key and on the row's number alone, never on what the picture or its neighbours show.
+
+    Args:
+        patches_BPD: [B, P, D].
+        tokens: how many to keep, 1 .. P.
+        key: one JAX random key, folded with the row's number; or B keys, used as they are, for a choice that must not
+            depend on where in the batch a picture stands.
+
+    Returns:
+        `VisualTokens` with M = tokens.
+
+    Raises:
+        ValueError: tokens out of range, or a number of keys that is neither one nor B.
+    """
+    batch, patches, _ = patches_BPD.shape
+    check_tokens("random", patches, tokens)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    one = key.ndim == (0 if typed else 1)
+    if not one and key.shape[0] != batch:
+        raise ValueError(f"random: {key.shape[0]} keys for {batch} pictures; give one key or {batch}")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if one else key
+    score_BP = jax.vmap(lambda row_key: jax.random.uniform(row_key, (patches,)))(keys)
+    return ops.keep(patches_BPD, ops.top_mask(score_BP, tokens), tokens)
+
+
+@functools.partial(jax.jit, static_argnames="tokens")
+def uniform(patches_BPD: Array, *, tokens: int) -> VisualTokens:
+    """Keep the patches in the middle of `tokens` equal parts of the raster, in raster order.
+
+    Args:
+        patches_BPD: [B, P, D].
+        tokens: how many to keep, 1 .. P.
+
+    Returns:
+        `VisualTokens` with M = tokens.
+
+    Raises:
+        ValueError: tokens out of range.
+    """
+    batch, patches, _ = patches_BPD.shape
+    check_tokens("uniform", patches, tokens)
+    chosen = np.zeros(patches, bool)
+    chosen[ops.evenly_spaced(patches, tokens)] = True
+    return ops.keep(patches_BPD, jnp.broadcast_to(chosen[None], (batch, patches)), tokens)
+
+
+@jax.jit
+def everything(patches_BPD: Array) -> VisualTokens:
+    """No compression: all patches [B, P, D], each at its own place."""
+    batch, patches, _ = patches_BPD.shape
+    index_BP = jnp.broadcast_to(jnp.arange(patches, dtype=jnp.int32)[None], (batch, patches))
+    return VisualTokens(
+        tokens_BMD=patches_BPD,
+        valid_BM=jnp.ones((batch, patches), bool),
+        position_BM=index_BP,
+        size_BM=jnp.ones((batch, patches), jnp.int32),
+        source_BP=index_BP,
+    )

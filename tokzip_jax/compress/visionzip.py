@@ -1,0 +1,174 @@
+"""VisionZip (arXiv 2412.04467, CVPR 2025): keep the dominant patches, merge the rest into contextual tokens.
+
+Dominant tokens are the CLS token and the patches that it attends to most. Of the remaining patches, in raster order,
+a few become targets; every other one joins the target whose key is most alike (cosine), and each target with its
+members becomes one contextual token. No text is used, and every picture of a batch is treated on its own.
+
+The released code does not do all that the paper says. Both are here; "official" is the default, because published
+numbers come from it:
+
+    merge    "official": target + mean of its members, up to twice the norm of a patch; a target alone stays as it is.
+             "paper":    average of the target and its members.
+    targets  "official": places 0, step, 2 step, ... of the remaining list with step = max(1, R // m), so that the
+                         end of the picture never holds a target.
+             "even":     the middles of m equal parts of the list.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokzip_jax.compress import ops
+from tokzip_jax.types import Array, VisualTokens
+
+MERGES = ("official", "paper")
+TARGETS = ("official", "even")
+
+
+def check_budget(patches: int, dominant: int, contextual: int, *, cls: bool = True) -> None:
+    """Refuse budgets that a picture of `patches` patches cannot fill.
+
+    Args:
+        patches: P.
+        dominant: dominant tokens; with a CLS token it counts as one of them.
+        contextual: merged tokens.
+        cls: whether the encoder has a CLS token.
+
+    Raises:
+        ValueError: names the number and its range.
+    """
+    least, most = int(cls), patches + int(cls)
+    if not least <= dominant <= most:
+        counted = "dominant tokens (the CLS token is one of them)" if cls else "dominant tokens"
+        raise ValueError(f"VisionZip: {dominant} {counted} asked of {patches} patches; it must be {least} .. {most}")
+    if not 0 <= contextual <= most - dominant:
+        raise ValueError(
+            f"VisionZip: {contextual} contextual tokens asked of the {most - dominant} patches that {dominant} "
+            f"dominant tokens leave; it must be 0 .. {most - dominant}"
+        )
+    if dominant + contextual == 0:
+        raise ValueError(f"VisionZip: dominant + contextual is 0; it must be 1 .. {most}")
+
+
+def target_places(rest: int, contextual: int, targets: str) -> np.ndarray:
+    """Places of the targets in the list of `rest` remaining patches, ascending; static."""
+    if targets == "even":
+        return ops.evenly_spaced(rest, contextual)
+    return np.arange(contextual) * max(1, rest // max(contextual, 1))
+
+
+@functools.partial(jax.jit, static_argnames=("dominant", "contextual", "merge", "targets"))
+def visionzip(
+    patches_BPD: Array,
+    cls_BD: Array | None,
+    cls_attention_BP: Array,
+    keys_BSH: Array,
+    *,
+    dominant: int,
+    contextual: int,
+    merge: str = "official",
+    targets: str = "official",
+) -> VisualTokens:
+    """Compress P patches (and the CLS token) to dominant + contextual tokens.
+
+    Args:
+        patches_BPD: [B, P, D] patch features, for CLIP the output of the second-to-last block.
+        cls_BD: [B, D] CLS feature of the same layer, or None for an encoder without one.
+        cls_attention_BP: [B, P] score of each patch: softmax attention that the CLS token pays it in that block, sum
+            or mean over heads. Without a CLS token: `ops.received_attention`.
+        keys_BSH: [B, 1+P, H] key projection of that block (bias included, unscaled), mean over heads, CLS first;
+            [B, P, H] without a CLS token.
+        dominant: dominant tokens, the CLS token included: 1 .. P+1 (1 = the CLS token alone). Without a CLS token:
+            patches, 0 .. P.
+        contextual: contextual tokens, 0 .. what the dominant ones leave.
+        merge: "official" or "paper", see the module.
+        targets: "official" or "even", see the module.
+
+    Returns:
+        `VisualTokens` with M = dominant + contextual, all valid, in the patches' dtype: CLS, dominant patches in
+        raster order, contextual tokens in target order (they stand at their target's place). Sizes are 0 for CLS, 1
+        for a dominant patch, 1 + members for a contextual token. Patches go nowhere (-1) only if contextual is 0.
+        Of equal scores or similarities the lower index wins; a zero key is alike (0) to everything.
+
+    Raises:
+        ValueError: a budget out of range, an unknown option, or shapes that do not fit.
+    """
+    batch, patches, _ = patches_BPD.shape
+    prefix = 0 if cls_BD is None else 1
+    check_budget(patches, dominant, contextual, cls=bool(prefix))
+    _check_options(merge, targets)
+    _check_shapes(batch, patches, prefix, cls_attention_BP, keys_BSH)
+
+    kept = dominant - prefix
+    chosen_BP = ops.top_mask(cls_attention_BP, kept)
+    kept_BK, rest_BR = ops.partition(chosen_BP, kept)
+    tokens, positions = [ops.gather(patches_BPD, kept_BK)], [kept_BK]
+    sizes = [jnp.ones((batch, kept), jnp.int32)]
+    source_BP = ops.source(chosen_BP, first=prefix)
+    if cls_BD is not None:
+        tokens.insert(0, cls_BD[:, None].astype(patches_BPD.dtype))
+        positions.insert(0, jnp.full((batch, 1), -1, jnp.int32))
+        sizes.insert(0, jnp.zeros((batch, 1), jnp.int32))
+    if contextual:
+        places = target_places(patches - kept, contextual, targets)
+        target_BM = rest_BR[:, places]
+        slot_BP, is_target_BP = _assign(keys_BSH[:, prefix:], chosen_BP, target_BM, places)
+        member_BP = jnp.where(chosen_BP | is_target_BP, -1, slot_BP)
+        merged, count_BM = _merge(patches_BPD, target_BM, member_BP, merge)
+        tokens.append(merged)
+        positions.append(target_BM)
+        sizes.append(1 + count_BM)
+        source_BP = jnp.where(chosen_BP, source_BP, dominant + slot_BP)
+    return VisualTokens(
+        tokens_BMD=jnp.concatenate(tokens, axis=1),
+        valid_BM=jnp.ones((batch, dominant + contextual), bool),
+        position_BM=jnp.concatenate(positions, axis=1),
+        size_BM=jnp.concatenate(sizes, axis=1),
+        source_BP=source_BP,
+    )
+
+
+def _assign(keys_BPH: Array, chosen_BP: Array, target_BM: Array, places: np.ndarray) -> tuple[Array, Array]:
+    """The target that each patch goes to (a target goes to itself), and which patches are targets: both [B, P].
+
+    What it says of the chosen patches has no meaning. All patches are compared rather than the remaining ones alone:
+    the product is tiny and no list of features has to be gathered.
+    """
+    similarity_BPM = ops.cosine(keys_BPH, ops.gather(keys_BPH, target_BM))
+    nearest_BP = jnp.argmax(similarity_BPM, axis=2).astype(jnp.int32)
+    own = np.full(chosen_BP.shape[1], -1, np.int32)  # place in the remaining list -> number of the target, or -1
+    own[places] = np.arange(len(places))
+    own_BP = jnp.where(chosen_BP, -1, jnp.asarray(own)[ops.rank(~chosen_BP)])
+    return jnp.where(own_BP >= 0, own_BP, nearest_BP), own_BP >= 0
+
+
+def _merge(patches_BPD: Array, target_BM: Array, member_BP: Array, merge: str) -> tuple[Array, Array]:
+    """Contextual tokens [B, m, D] in the patches' dtype, and how many members each has besides its target [B, m]."""
+    total_BMD, count_BM = ops.group_sum(patches_BPD, member_BP, target_BM.shape[1])
+    target_BMD = ops.gather(patches_BPD, target_BM).astype(jnp.float32)
+    count = count_BM[:, :, None].astype(jnp.float32)
+    if merge == "paper":
+        merged = (target_BMD + total_BMD) / (1.0 + count)
+    else:
+        merged = target_BMD + total_BMD / jnp.maximum(count, 1.0)
+    return merged.astype(patches_BPD.dtype), count_BM
+
+
+def _check_options(merge: str, targets: str) -> None:
+    if merge not in MERGES:
+        raise ValueError(f"VisionZip: merge = {merge!r} is unknown; choose one of {', '.join(MERGES)}")
+    if targets not in TARGETS:
+        raise ValueError(f"VisionZip: targets = {targets!r} is unknown; choose one of {', '.join(TARGETS)}")
+
+
+def _check_shapes(batch: int, patches: int, prefix: int, score: Array, keys: Array) -> None:
+    if score.shape != (batch, patches):
+        raise ValueError(f"VisionZip: scores have shape {score.shape}; {patches} patches need {(batch, patches)}")
+    if keys.shape[:2] != (batch, prefix + patches):
+        kind = "with its CLS row first" if prefix else "without a CLS row"
+        raise ValueError(
+            f"VisionZip: keys have shape {keys.shape}; {patches} patches {kind} need "
+            f"({batch}, {prefix + patches}, head width)"
+        )
