@@ -128,7 +128,7 @@ class StageConfig:
 class RowConfig:
     """One line of the results table: parameters of a stage, read by a method."""
 
-    stage: str = "base"
+    stage: str = "base"  # "" = the question-only prior, which sees no picture and needs no parameters
     method: MethodConfig = MethodConfig()
     seeds: int = 1  # random selection: how many seeds are averaged
 
@@ -157,6 +157,7 @@ class DataConfig:
     text_length: int = 128  # tokens of a row before its images are put in
     images: int = 1  # the most images of a row
     questions: int = 0  # the most questions packed into a row; 0 = as many as fit
+    targets: int = 0  # the most supervised positions of a row; 0 = text_length
     caption_length: int = 16
     workers: int = 0  # Grain worker processes
     on_error: str = "skip"  # a picture that cannot be decoded: "skip" (listed in skipped.jsonl) or "raise"

@@ -32,7 +32,8 @@ def validate(cfg: RunConfig) -> None:
     for name, stage in cfg.stages.items():
         _stage(f"stages.{name}", stage, cfg)
     for name, row in cfg.rows.items():
-        _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
+        if row.stage:  # "" is the question-only prior, which needs no parameters
+            _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
         _at_least(f"rows.{name}.seeds", row.seeds, 1)
         check_method(f"rows.{name}.method", row.method, cfg.model)
         _fits(f"rows.{name}.method", row.method, cfg)

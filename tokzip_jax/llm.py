@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax import layers, stack
-from tokzip_jax.attention import attend
+from tokzip_jax.attention import attend, score_rows
 from tokzip_jax.config import LlmConfig, ModelConfig
 from tokzip_jax.masks import visibility
 from tokzip_jax.sharding import constrain
@@ -83,7 +83,8 @@ def run_layers(
     lo: int = 0,
     hi: int | None = None,
     keep: bool = False,
-) -> tuple[Array, Any]:
+    rows: Array | None = None,
+) -> tuple[Array, dict[str, Any]]:
     """Run layers lo .. hi-1 over a row of tokens.
 
     Args:
@@ -96,9 +97,11 @@ def run_layers(
         offset: first slot written. A Python int lets attention stop at the last used slot.
         lo, hi: static layer numbers (hi None: all).
         keep: return the keys and values of every layer.
+        rows: [B, R] slots of this row whose attention weights are returned.
 
     Returns:
-        [B, T, D], and (k, v) stacked [L, B, K, S, H] (tuples where `blocks` is one) if `keep`, else None.
+        [B, T, D], and what was asked for, stacked over the layers (tuples where `blocks` is one): "k", "v"
+        [L, B, K, S, H] if `keep`, and "scores" [L, B, N, R, S] float32 for `rows`.
     """
     hi = cfg.llm.layers if hi is None else hi
     modules = _modules(cfg.llm, cfg.param_dtype)
@@ -108,28 +111,33 @@ def run_layers(
     seen = stream if cache is None else jax.tree.map(lambda leaf: leaf[:, used], cache.stream)
     mask = visibility(stream, seen, table)
 
-    def body(x: Array, block: Params, past: tuple[Array, Array] | None) -> tuple[Array, Any]:
-        def mix(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+    def body(x: Array, block: Params, past: tuple[Array, Array] | None) -> tuple[Array, dict[str, Array]]:
+        def mix(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
             q, k = layers.rotate(q, angles), layers.rotate(k, angles)
             if past is not None:
                 k = jax.lax.dynamic_update_slice_in_dim(past[0], k.astype(past[0].dtype), offset, axis=2)
                 v = jax.lax.dynamic_update_slice_in_dim(past[1], v.astype(past[1].dtype), offset, axis=2)
             read_k, read_v = k[:, :, used].astype(q.dtype), v[:, :, used].astype(q.dtype)
-            return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), (k, v)
+            out = {"k": k, "v": v} if keep else {}
+            if rows is not None:
+                q_rows = jnp.take_along_axis(q, rows[:, None, :, None], axis=2)
+                seen_rows = jnp.take_along_axis(mask, rows[:, :, None], axis=1)
+                out["scores"] = score_rows(q_rows, read_k, mask=seen_rows)
+            return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), out
 
         x = constrain(x, "data", None, None)
-        mixed, kv = layers.apply(modules["attn"], block["attn"], layers.apply(modules["norm1"], block["norm1"], x), mix)
+        mixed, out = layers.apply(modules["attn"], block["attn"], layers.apply(modules["norm1"], block["norm1"], x), mix)
         x = x + mixed
         x = x + layers.apply(modules["mlp"], block["mlp"], layers.apply(modules["norm2"], block["norm2"], x))
-        return x, kv if keep else None
+        return x, out
 
     past = None
     if cache is not None:
         past = tuple(zip(cache.k, cache.v, strict=True)) if isinstance(blocks, tuple) else (cache.k, cache.v)
-    x, kv = stack.run(body, x_BTD, blocks, lo, hi, inputs=past, remat=cfg.remat)
-    if keep and isinstance(blocks, tuple):
-        kv = tuple(zip(*kv, strict=True))
-    return x, kv
+    x, out = stack.run(body, x_BTD, blocks, lo, hi, inputs=past, remat=cfg.remat)
+    if isinstance(blocks, tuple):
+        out = {name: tuple(layer[name] for layer in out) for name in out[0]}
+    return x, out
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype: Any = None) -> KvCache:

@@ -160,6 +160,21 @@ def forward(
     return Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)
 
 
+def voco_attention(cfg: ModelConfig, params: Params, batch: dict[str, Array], method: MethodConfig) -> Array:
+    """Where each VoCo token of a row's first image looks: [L, B, k, M] float32, mean over heads.
+
+    M are the visual tokens of that image; what a VoCo token spends on the prefix and on other VoCo tokens is left out.
+    """
+    key = jax.random.key(method.seed)
+    x, slots, visual, _ = embed(cfg, params, batch, method, voco_count=method.voco, key=key)
+    kind, segment = slots.stream.kind, slots.stream.segment
+    first = jnp.argsort(~((kind == VOCO) & (segment == 1)), axis=1, stable=True)[:, : method.voco]
+    patches = jnp.argsort(~((kind == VISION) & (segment == 1)), axis=1, stable=True)[:, : visual.valid_BM.shape[1]]
+    table = jnp.asarray(TABLES[method.voco_mask])
+    _, out = llm.run_layers(cfg, params["llm"]["layers"], x, slots.stream, table, rows=first)
+    return jnp.take_along_axis(jnp.mean(out["scores"], axis=2), patches[None, :, None, :], axis=3)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -188,11 +203,11 @@ def read(
     """Run a prompt's embeddings into a cache from slot `offset` on; the head runs on the last position only."""
     cache, stream = llm.write_stream(cache, stream, offset)
     blocks = params["llm"]["layers"]
-    hidden, (k, v) = llm.run_layers(cfg, blocks, x_BTD, stream, table, cache=cache, offset=offset, keep=True)
+    hidden, kv = llm.run_layers(cfg, blocks, x_BTD, stream, table, cache=cache, offset=offset, keep=True)
     last = _last_slot(stream)
     final = jnp.take_along_axis(hidden, last[:, :, None], axis=1)
     return Prompt(
-        cache=dataclasses.replace(cache, k=k, v=v),
+        cache=dataclasses.replace(cache, **kv),
         logits_BV=llm.logits(cfg, params["llm"], final)[:, 0],
         last=jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, last, axis=1), stream),
     )
@@ -272,12 +287,10 @@ def decode(
         new = dataclasses.replace(last, kind=kind, segment=jnp.zeros_like(kind), position=last.position + step)
         cache, new = llm.write_stream(cache, new, start + step - 1)
         x = params["llm"]["embed"]["table"].astype(cfg.dtype)[token[:, None]]
-        hidden, (k, v) = llm.run_layers(
-            cfg, blocks, x, new, table, cache=cache, offset=start + step - 1, keep=True
-        )
+        hidden, kv = llm.run_layers(cfg, blocks, x, new, table, cache=cache, offset=start + step - 1, keep=True)
         token = jnp.where(ended, 0, choose(llm.logits(cfg, params["llm"], hidden)[:, 0], step))
         tokens = tokens.at[:, step].set(token)
-        return step + 1, token, ended | (token == eos_id), tokens, dataclasses.replace(cache, k=k, v=v)
+        return step + 1, token, ended | (token == eos_id), tokens, dataclasses.replace(cache, **kv)
 
     first = choose(prompt.logits_BV, jnp.int32(0))
     tokens = jnp.zeros((rows, max_new), jnp.int32).at[:, 0].set(first)

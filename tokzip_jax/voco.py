@@ -91,10 +91,10 @@ def build(
     count = method.voco if voco_count is None else voco_count
     x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=jax.random.key(method.seed))
     stream = _without_text(slots.stream)
-    _, (k, v) = llm.run_layers(cfg, params["llm"]["layers"], x, stream, table, keep=True)
+    _, kv = llm.run_layers(cfg, params["llm"]["layers"], x, stream, table, keep=True)
     prefix = batch["ids"].shape[1] if method.voco_mask == "prefix_visible" else 0
     keep = method.voco * batch["images"].shape[1] + prefix
-    cache = _gather(k, v, stream, table, min(keep, stream.kind.shape[1]))
+    cache = _gather(kv["k"], kv["v"], stream, table, min(keep, stream.kind.shape[1]))
     return compact(cfg.llm, cache) if positions == "compact" else cache
 
 

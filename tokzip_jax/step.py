@@ -1,0 +1,263 @@
+"""One training step and one scoring step; the loss stands two calls from the entry."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokzip_jax import llm, losses, vlm
+from tokzip_jax.config import MethodConfig, ModelConfig, StageConfig
+from tokzip_jax.masks import TABLES
+from tokzip_jax.paths import flatten
+from tokzip_jax.types import Array, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a training needs to go on.
+
+    Attributes:
+        step: int32 scalar, steps done.
+        params: the whole model; frozen parts pass through unchanged.
+        opt_state: of the trained parameters only.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+
+
+def nest(flat: dict[str, Array]) -> Params:
+    """{"slash/separated/path": leaf} as a nested dict."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def partition(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
+    """Split into the parameters that train (path fully matches one of the patterns) and the frozen ones."""
+    flat = flatten(params)
+    trained = {p: leaf for p, leaf in flat.items() if any(re.fullmatch(pattern, p) for pattern in patterns)}
+    return nest(trained), nest({p: leaf for p, leaf in flat.items() if p not in trained})
+
+
+def merge(first: Params, second: Params) -> Params:
+    """Join two disjoint trees."""
+    return nest({**flatten(first), **flatten(second)})
+
+
+def head(cfg: ModelConfig, params: Params) -> losses.Head:
+    """Final norm and output head as one function."""
+    return lambda hidden: llm.logits(cfg, params["llm"], hidden)
+
+
+def caption_embedding(params: Params, captions: Array) -> Array:
+    """The text side of the contrastive loss: mean token embedding of a caption [B, C], projected to [B, E]."""
+    real = (captions > 0)[:, :, None]
+    total = jnp.sum(jnp.where(real, params["llm"]["embed"]["table"][captions], 0), axis=1)
+    return (total / jnp.maximum(jnp.sum(real, axis=1), 1)) @ params["contrast"]["text"]["w"]
+
+
+def loss_terms(
+    cfg: ModelConfig,
+    stage: StageConfig,
+    params: Params,
+    batch: dict[str, Array],
+    *,
+    teacher: Params | None,
+    voco_count: Array,
+    key: Array,
+    max_targets: int,
+) -> dict[str, Array]:
+    """Every term of a stage's loss on one batch: sums over tokens ("ce", "kl", "correct", "count"), means ("contrast")."""
+    wanted = stage.loss
+    out = vlm.forward(
+        cfg, params, batch, stage.method, voco_count=voco_count, key=key, summary=wanted.contrast > 0
+    )
+    read, label, valid = losses.targets(out.layout, max_targets)
+    frozen = None
+    if wanted.kl > 0:
+        plain = dataclasses.replace(stage.method, voco_mask="visible", encoder="none", projector="mlp2x_gelu")
+        # Same slots, VoCo ones turned into padding: the uncompressed model, as if no VoCo token stood there.
+        whole = vlm.forward(cfg, teacher, batch, plain, voco_count=0, key=key)
+        seen, _, _ = losses.targets(whole.layout, max_targets)
+        frozen = (losses.pick(whole.hidden_BTD, seen), head(cfg, teacher))
+    terms = losses.token_losses(
+        losses.pick(out.hidden_BTD, read),
+        label,
+        valid,
+        head(cfg, params),
+        teacher=frozen,
+        temperature=wanted.temperature,
+        chunk=wanted.chunk,
+    )
+    if wanted.contrast > 0:
+        images = batch["images"].shape[1]
+        summary = out.summary_BD.reshape(-1, images, out.summary_BD.shape[-1])[:, 0]
+        same = jnp.all(batch["captions"][:, None] == batch["captions"][None], axis=-1)
+        contrast = params["contrast"]
+        terms["contrast"] = losses.contrastive(
+            summary @ contrast["image"]["w"],
+            caption_embedding(params, batch["captions"]),
+            same,
+            contrast["scale"],
+            contrast["bias"],
+        )
+    return terms
+
+
+def total_loss(stage: StageConfig, terms: dict[str, Array], count: Array, parts: int) -> Array:
+    """The weighted sum: token terms over the supervised positions of the whole step, the contrastive one over parts."""
+    loss = stage.loss.ce * terms["ce"] / count
+    if "kl" in terms:
+        loss += stage.loss.kl * terms["kl"] / count
+    if "contrast" in terms:
+        loss += stage.loss.contrast * terms["contrast"] / parts
+    return loss
+
+
+def gradients(
+    cfg: ModelConfig,
+    stage: StageConfig,
+    params: Params,
+    batch: dict[str, Array],
+    *,
+    teacher: Params | None,
+    voco_count: Array,
+    key: Array,
+    max_targets: int,
+) -> tuple[Params, dict[str, Array]]:
+    """Gradients of the trained parameters and the metrics of one step, in `optim.accumulate` parts.
+
+    Token terms are divided by the supervised positions of the whole batch, so that parts of different fullness give the
+    same gradient as the batch in one piece. The contrastive loss compares the pictures of a part with one another.
+    """
+    trained, frozen = partition(params, stage.train)
+    parts = stage.optim.accumulate
+    count = jnp.maximum(jnp.sum(batch["supervised"] & (batch["sample"] > 0)), 1).astype(jnp.float32)
+
+    def loss_fn(trained: Params, part: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        terms = loss_terms(
+            cfg,
+            stage,
+            merge(trained, frozen),
+            part,
+            teacher=teacher,
+            voco_count=voco_count,
+            key=key,
+            max_targets=max_targets,
+        )
+        loss = total_loss(stage, terms, count, parts)
+        return loss, {"loss": loss, **terms}
+
+    grad = jax.grad(loss_fn, has_aux=True)
+    if parts == 1:
+        grads, metrics = grad(trained, batch)
+    else:
+        # Every part takes rows from everywhere, so that a batch sharded over devices stays where it is.
+        cut = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch)
+        shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda leaf: leaf[0], cut))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def add(sums: Any, part: dict[str, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, grad(trained, part)), None
+
+        (grads, metrics), _ = jax.lax.scan(add, zeros, cut)
+    means = {"loss": metrics["loss"], "accuracy": metrics["correct"] / count, "tokens": count}
+    means |= {n: metrics[n] / count for n in ("ce", "kl") if n in metrics}
+    if "contrast" in metrics:
+        means["contrast"] = metrics["contrast"] / parts
+    return grads, means
+
+
+def train_step(
+    cfg: ModelConfig,
+    stage: StageConfig,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    teacher: Params | None = None,
+    voco_count: Array,
+    key: Array,
+    max_targets: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of a stage. Everything but `state`, `batch`, `teacher`, `voco_count` and `key` is static under jit.
+
+    Args:
+        cfg, stage, tx: model, stage, and an optimiser over the trained parameters.
+        state: where the training stands.
+        batch: rows, see `data.pipeline`.
+        teacher: frozen parameters for the KL term.
+        voco_count: VoCo tokens in use in this step, int32 scalar.
+        key: the stage's random key; folded with the step number here.
+        max_targets: the most supervised positions of a row.
+
+    Returns:
+        The next state, and float32 metrics "loss", "ce", "kl", "contrast", "accuracy", "tokens", "grad_norm".
+    """
+    grads, metrics = gradients(
+        cfg,
+        stage,
+        state.params,
+        batch,
+        teacher=teacher,
+        voco_count=voco_count,
+        key=jax.random.fold_in(key, state.step),
+        max_targets=max_targets,
+    )
+    trained, frozen = partition(state.params, stage.train)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = merge(optax.apply_updates(trained, updates), frozen)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def score_step(
+    cfg: ModelConfig,
+    method: MethodConfig,
+    params: Params,
+    batch: dict[str, Array],
+    *,
+    table: Array | None = None,
+    voco_count: Array | None = None,
+    key: Array | None = None,
+    questions: int,
+    max_targets: int,
+) -> Array:
+    """Which questions a greedy decode would answer exactly, without decoding.
+
+    A greedy decode writes the given answer exactly when, with that answer as input, the arg-max at each of its
+    positions is the next of its tokens (its end included). So one pass scores all questions packed into a row.
+
+    Args:
+        cfg, method, params, batch: the model and eval rows, see `data.pipeline`.
+        table, voco_count, key: as in `vlm.forward`.
+        questions: the most questions of a row; question q is thread q.
+        max_targets: the most supervised positions of a row.
+
+    Returns:
+        [B, questions] bool, False where there is no such question.
+    """
+    out = vlm.forward(cfg, params, batch, method, table=table, voco_count=voco_count, key=key)
+    read, label, valid = losses.targets(out.layout, max_targets)
+    logits = llm.logits(cfg, params["llm"], losses.pick(out.hidden_BTD, read))
+    hit = jnp.argmax(logits, axis=-1) == label
+    index = jnp.argsort(~out.layout.supervised, axis=1, stable=True)[:, : label.shape[1]]
+    thread = jnp.take_along_axis(out.layout.stream.thread, index, axis=1)
+    of_question = valid[:, :, None] & (thread[:, :, None] == jnp.arange(1, questions + 1)[None, None])
+    return jnp.any(of_question, axis=1) & ~jnp.any(of_question & ~hit[:, :, None], axis=1)
+
+
+def mask_table(method: MethodConfig) -> Array:
+    """The visibility table of a method, as an argument for a jitted step."""
+    return jnp.asarray(TABLES[method.voco_mask])
