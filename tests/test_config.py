@@ -136,6 +136,7 @@ def test_difference_names_what_changed():
 def test_a_good_config_passes():
     config_check.validate(CFG)
     config_check.validate(RunConfig())
+    config_check.validate(change(CFG, "rows", {**CFG.rows, "prior": RowConfig(stage="")}))
 
 
 BAD = {
@@ -151,6 +152,7 @@ BAD = {
     "model.dtype": ("int8", r"model\.dtype = 'int8' is unknown; choose one of 'float32'"),
     "model.contrast_dim": (-1, r"model\.contrast_dim = -1 must be >= 0"),
     "data.vocab_size": (65, r"data\.vocab_size = 65 must lie between 5 and 64"),
+    "data.targets": (33, r"data\.targets = 33 must lie between 0 and 32"),
     "data.on_error": ("stop", r"data\.on_error = 'stop' is unknown; choose one of 'skip', 'raise'"),
     "data.text_length": (4, r"data\.text_length = 4 must be >= 6"),
     "mesh": (MeshConfig(data=0), r"mesh\.data = 0 must be >= 1, or -1"),

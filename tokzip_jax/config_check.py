@@ -32,9 +32,10 @@ def validate(cfg: RunConfig) -> None:
     for name, stage in cfg.stages.items():
         _stage(f"stages.{name}", stage, cfg)
     for name, row in cfg.rows.items():
-        if row.stage:  # "" is the question-only prior, which needs no parameters
-            _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
         _at_least(f"rows.{name}.seeds", row.seeds, 1)
+        if not row.stage:  # the question-only prior: no parameters, no pictures
+            continue
+        _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
         check_method(f"rows.{name}.method", row.method, cfg.model)
         _fits(f"rows.{name}.method", row.method, cfg)
     _eval(cfg)
@@ -160,6 +161,7 @@ def _data(data: DataConfig, model: ModelConfig) -> None:
         _at_least(f"data.{name}", getattr(data, name), least)
     # BOS, the two placeholders of every image, and at least question, answer and end of one question.
     _at_least("data.text_length", data.text_length, 1 + 2 * data.images + 3)
+    _within("data.targets", data.targets, 0, data.text_length)
     if not data.tokenizer:
         _within("data.vocab_size", data.vocab_size, 5, model.llm.vocab_size)
 

@@ -8,15 +8,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from tokzip_jax.config import OptimConfig
-from tokzip_jax.paths import first_match, flatten, map_with_path, path_tree
-from tokzip_jax.types import Array
-
-__all__ = ["make_optimizer", "make_schedule", "path_tree", "trained", "trained_norm"]
+from tokzip_jax.paths import first_match, flatten, map_with_path
 
 # Whether AdamW decays a parameter: matrices yes; norms, biases, scalars and embeddings with a meaning of their own no.
 DECAY: tuple[tuple[str, bool], ...] = (
@@ -65,12 +60,6 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
                 f"such as {paths[-1]!r}, and paths begin with {', '.join(roots)}"
             )
     return map_with_path(lambda path, _: _matches(patterns, path), params)
-
-
-def trained_norm(grads: Any, mask: Any) -> Array:
-    """Global norm of the gradients that `mask` (from `trained`) marks; the others stay dead code under jit."""
-    picked = jax.tree.map(lambda grad, on: grad if on else None, grads, mask)
-    return optax.tree.norm(picked) if jax.tree.leaves(picked) else jnp.zeros(())
 
 
 def make_optimizer(

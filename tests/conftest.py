@@ -1,0 +1,21 @@
+"""Settings of the whole suite: eight CPU devices, guards on, compiled programs kept between runs."""
+
+import os
+
+# Tests speak of CPU devices and CPU numerics; set JAX_PLATFORMS to try them elsewhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    # Eight devices cost single-device tests nothing: what is not told otherwise runs on the first one, with all cores.
+    jax.config.update("jax_num_cpu_devices", 8)
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
