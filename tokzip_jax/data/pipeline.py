@@ -5,6 +5,7 @@ from functools import partial
 
 import grain
 import numpy as np
+from absl import flags
 from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
@@ -56,6 +57,8 @@ def train_iterator(
     # Few, since the unit is a batch: Grain's own 500 would hold gigabytes of pictures.
     iterable = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if cfg.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own; outside an absl program their defaults do
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.workers, per_worker_buffer_size=2))
     return iter(iterable)
 
@@ -91,7 +94,7 @@ def eval_batches(
 
 
 def _in_order(make: "partial[Batch]", rows: Rows, batch_size: int) -> Iterator[Batch]:
-    threads = np.arange(rows.count.max())
+    threads = np.arange(max(1, rows.count.max()))  # rows of conversations count no questions
     for first in range(0, len(rows), batch_size):
         numbers = np.arange(first, first + batch_size)
         real = numbers < len(rows)

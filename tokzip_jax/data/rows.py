@@ -1,6 +1,7 @@
 """Token rows: what of which example stands in which row, planned and tokenised once, before training."""
 
 import dataclasses
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,54 @@ class Rows:
         )
 
 
+class RowWriter:
+    """Collects rows one after the other; four bytes a token and integer."""
+
+    def __init__(self, text_length: int):
+        self._text_length = text_length
+        self._ids, self._thread, self._supervised = array("i"), array("i"), array("b")
+        self._start, self._plan = array("q"), array("i")
+
+    def open(self, example: int, first: int = 0) -> None:
+        """Begin a row of `example`, whose first question is number `first`."""
+        self._start.append(len(self._ids))
+        self._plan.extend((example, first, 0))
+
+    def question(self) -> int:
+        """Count one more question in the open row; its thread."""
+        self._plan[-1] += 1
+        return self._plan[-1]
+
+    def add(self, ids: Sequence[int], supervised: Sequence[bool], thread: int = 0) -> None:
+        """Append tokens to the open row."""
+        self._ids.extend(ids)
+        self._supervised.extend(supervised)
+        self._thread.extend([thread] * len(ids))
+
+    def truncate(self) -> bool:
+        """Cut what the open row has too many on the right; whether there was anything to cut."""
+        end = self._start[-1] + self._text_length
+        too_long = len(self._ids) > end
+        for tokens in (self._ids, self._thread, self._supervised):
+            del tokens[end:]
+        return too_long
+
+    def rows(self, captions: np.ndarray) -> Rows:
+        """Everything written so far, with the captions [examples, C] of the examples."""
+        example, first, count = np.array(self._plan, np.int32).reshape(-1, 3).T
+        return Rows(
+            ids=np.array(self._ids, np.int32),
+            thread=np.array(self._thread, np.int32),
+            supervised=np.array(self._supervised, bool),
+            start=np.array([*self._start, len(self._ids)], np.int64),
+            example=example,
+            first=first,
+            count=count,
+            captions=captions,
+            text_length=self._text_length,
+        )
+
+
 def question_rows(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
     """Pack the questions of each picture into as few rows as hold them, in their order; none is lost or repeated.
 
@@ -86,49 +135,28 @@ def question_rows(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, cfg: Da
     Raises:
         ValueError: a question that does not fit into a row of its own, or a caption longer than `caption_length`.
     """
-    questions = _encode(tokenizer, [question for text in texts for question in text["questions"]])
-    answers = _encode(tokenizer, [answer for text in texts for answer in text["answers"]])
+    questions = iter(_encode(tokenizer, [question for text in texts for question in text["questions"]]))
+    answers = iter(_encode(tokenizer, [answer for text in texts for answer in text["answers"]]))
     room = cfg.text_length - len(PREFIX)
-    ids: list[int] = []
-    thread: list[int] = []
-    supervised: list[bool] = []
-    start, plan = [], []
-    done = 0
+    writer = RowWriter(cfg.text_length)
     for example, text in enumerate(texts):
-        left = 0  # so that the first question opens a row
-        for number in range(len(text["questions"])):
-            question, answer = questions[done], answers[done]
-            done += 1
+        left, thread = 0, 0  # no room, so that the first question opens a row
+        for number, question, answer in zip(range(len(text["questions"])), questions, answers):
             length = len(question) + len(answer) + 1
             if length > room:
                 raise ValueError(
                     f"data.text_length = {cfg.text_length} is too short for question {number} of picture "
                     f"{text['image_id']}, which needs {length + len(PREFIX)}"
                 )
-            if length > left or (cfg.questions and plan[-1][2] == cfg.questions):
-                start.append(len(ids))
-                plan.append([example, number, 0])
-                ids += PREFIX
-                thread += [0] * len(PREFIX)
-                supervised += [False] * len(PREFIX)
+            if length > left or thread == cfg.questions > 0:
+                writer.open(example, number)
+                writer.add(PREFIX, [False] * len(PREFIX))
                 left = room
-            plan[-1][2] += 1
             left -= length
-            ids += [*question, *answer, EOS_ID]
-            thread += [plan[-1][2]] * length
-            supervised += [False] * len(question) + [True] * (len(answer) + 1)
-    columns = np.asarray(plan, np.int32).reshape(-1, 3).T
-    return Rows(
-        ids=np.asarray(ids, np.int32),
-        thread=np.asarray(thread, np.int32),
-        supervised=np.asarray(supervised, bool),
-        start=np.asarray([*start, len(ids)], np.int64),
-        example=columns[0],
-        first=columns[1],
-        count=columns[2],
-        captions=_captions(texts, tokenizer, cfg.caption_length),
-        text_length=cfg.text_length,
-    )
+            thread = writer.question()
+            target = [False] * len(question) + [True] * (len(answer) + 1)
+            writer.add([*question, *answer, EOS_ID], target, thread)
+    return writer.rows(_captions(texts, tokenizer, cfg.caption_length))
 
 
 def _captions(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, length: int) -> np.ndarray:

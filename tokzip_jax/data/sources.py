@@ -1,13 +1,14 @@
 """The data sets by name."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
-from tokzip_jax.data import easy_vqa
+from tokzip_jax.data import easy_vqa, llava_json
 from tokzip_jax.data.rows import Rows
 
 
@@ -36,6 +37,8 @@ class Source(Protocol):
 
 SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "easy_vqa": easy_vqa.load,
+    "llava_json": llava_json.load,
+    "llava_json_system_first": partial(llava_json.load, voco_layout=False),
 }
 
 

@@ -1,7 +1,7 @@
 """A small byte-level BPE, trained on the texts of the training split and kept as one `tokenizer.json`.
 
-Ids 0 .. 3 are fixed, so that the rest of the code needs no tokenizer to know where a row ends. The vocabularies of LLaMA
-and SmolLM2 put BOS and EOS at the same ids.
+Ids 0 .. 3 are fixed, so that the rest of the code needs no tokenizer to know where a row ends. The vocabularies of
+LLaMA and SmolLM2 have BOS and EOS at the same ids.
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,200 @@
+"""Instruction data in LLaVA's JSON format: `llava.json` beside a folder `images/`.
+
+The JSON is a list of {"id", "image" (left out for a text-only entry), "conversations": [{"from": "human" | "gpt",
+"value"}, ...]}. There is one split, "train".
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from tokzip_jax.config import DataConfig
+from tokzip_jax.data.rows import Rows, RowWriter
+from tokzip_jax.data.tokenizer import BOS_ID, EOS_ID
+from tokzip_jax.types import IMAGE_ID, VOCO_ID
+
+JSON_NAME, IMAGES_NAME, SKIPPED = "llava.json", "images", "skipped.jsonl"
+MARKER = "<image>"
+CHUNK = 1024  # conversations that are tokenised at once
+
+# The system sentence of Vicuna v1; VoCo-LLaMA puts in `of the image` where there is one.
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant{}. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class LlavaSource:
+    """Conversations, and the pictures that they are about.
+
+    Attributes:
+        voco_layout: the picture and its VoCo tokens come first and the system sentence after them (VoCo-LLaMA); else
+            the system sentence is first and the picture stands in its message (LLaVA-1.5).
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], folder: Path, *, voco_layout: bool):
+        self._entries = entries
+        self._folder = folder
+        self.voco_layout = voco_layout
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image(index), **self.text(index)}
+
+    def text(self, index: int) -> dict[str, Any]:
+        """The example without its picture; a turn is a question of type "open", and there is no caption."""
+        turns = self._turns(index)
+        return {
+            "image_id": str(self._entries[index].get("id", index)),
+            "questions": [question.replace(MARKER, "").strip() for question, _ in turns],
+            "answers": [answer for _, answer in turns],
+            "types": ["open"] * len(turns),
+            "caption": "",
+        }
+
+    def image(self, index: int) -> np.ndarray | None:
+        """The picture, uint8 [H, W, 3], or None.
+
+        Raises:
+            ValueError: it cannot be decoded. Opening hundreds of thousands of pictures just to check them would take
+                hours, so this comes late; it is never replaced by another one.
+        """
+        name = self._entries[index].get("image")
+        if name is None:
+            return None
+        path = self._folder / name
+        try:
+            with Image.open(path) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} cannot be decoded ({error}); repair it or take its entry out") from None
+
+    def rows(self, tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
+        """One row a conversation: one sample, one thread (0), targets the answers and their EOS.
+
+        A row longer than `cfg.text_length` loses its right end, as in LLaVA; how many did is logged once. Texts are
+        tokenised between special tokens: at the picture, at its VoCo tokens, and at the EOS of every answer. In the
+        VoCo layout of a row with a picture, every newline of questions and answers is deleted (as VoCo-LLaMA does).
+        """
+        writer = RowWriter(cfg.text_length)
+        cut = 0
+        for first in range(0, len(self), CHUNK):
+            chunk = {index: self._pieces(index) for index in range(first, min(first + CHUNK, len(self)))}
+            texts = [piece[0] for pieces in chunk.values() for piece in pieces if isinstance(piece, tuple)]
+            encoded = iter(tokenizer.encode_batch(texts, add_special_tokens=False))
+            for index, pieces in chunk.items():
+                writer.open(index)
+                for piece in pieces:
+                    if isinstance(piece, int):
+                        writer.add([piece], [piece == EOS_ID])
+                    else:
+                        encoding = next(encoded)
+                        writer.add(encoding.ids, [end > piece[1] for _, end in encoding.offsets])
+                cut += writer.truncate()
+        if cut:
+            logging.warning("%d of %d conversations are cut at data.text_length = %d", cut, len(self), cfg.text_length)
+        return writer.rows(np.zeros((len(self), cfg.caption_length), np.int32))
+
+    def _pieces(self, index: int) -> list[int | tuple[str, int]]:
+        """A conversation as special ids and (text, where its answer begins)."""
+        turns = self._turns(index)
+        with_image = self._entries[index].get("image") is not None
+        voco_first = with_image and self.voco_layout
+        marked = [number for number, (question, _) in enumerate(turns) if MARKER in question]
+        home = marked[0] if marked else 0  # LLaVA-1.5: the turn that the picture stands in
+        lead = SYSTEM.format(" of the image" if voco_first else "") + " USER: "
+        pieces: list[int | tuple[str, int]] = [BOS_ID]
+        if voco_first:
+            pieces += [IMAGE_ID, _plain("\n"), VOCO_ID]
+            lead = "\n" + lead
+        for number, (question, answer) in enumerate(turns):
+            question = question.replace(MARKER, "").strip()
+            if voco_first:
+                question, answer = question.replace("\n", ""), answer.replace("\n", "")
+            elif with_image and number == home:
+                pieces += [_plain(lead), IMAGE_ID, VOCO_ID]
+                lead = "\n"
+            prompt = f"{lead}{question} ASSISTANT: "
+            pieces += [(prompt + answer, len(prompt)), EOS_ID]
+            lead = "USER: "
+        return pieces
+
+    def _turns(self, index: int) -> list[tuple[str, str]]:
+        """(question, answer) pairs; what stands before the first question or after the last answer is left out."""
+        messages = self._entries[index]["conversations"]
+        messages = messages[1:] if messages[0]["from"] != "human" else messages
+        pairs = list(zip(messages[::2], messages[1::2]))
+        return [(human["value"], gpt["value"]) for human, gpt in pairs]
+
+
+def load(cfg: DataConfig, split: str, *, voco_layout: bool = True) -> LlavaSource:
+    """Open `cfg.data_dir`; entries whose picture is missing are left out and listed in `skipped.jsonl`.
+
+    Raises:
+        FileNotFoundError: `llava.json` or `images/` is not there.
+        ValueError: another split than "train", no tokenizer given, an entry that is no conversation, or
+            `cfg.on_error == "raise"` and a picture is missing.
+    """
+    if split != "train":
+        raise ValueError(f"{cfg.name} has no split {split!r}; the only one is 'train'")
+    if not cfg.tokenizer:
+        raise ValueError(f"data.tokenizer is empty; {cfg.name} needs the tokenizer.json of its language model")
+    folder = Path(cfg.data_dir).expanduser()
+    for path, what in ((folder / JSON_NAME, "conversations"), (folder / IMAGES_NAME, "pictures")):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; {cfg.name} looks for its {what} there (data.data_dir)")
+    try:
+        entries = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / JSON_NAME} is not JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise ValueError(f"{folder / JSON_NAME} must hold a list of conversations, not a {type(entries).__name__}")
+    for index, entry in enumerate(entries):
+        _check(entry, index, folder / JSON_NAME)
+    return LlavaSource(_with_pictures(entries, folder, cfg.on_error), folder / IMAGES_NAME, voco_layout=voco_layout)
+
+
+def _check(entry: Any, index: int, path: Path) -> None:
+    """Raise unless an entry has alternating human and gpt messages with at least one answer."""
+    try:
+        senders = [message["from"] for message in entry["conversations"] if isinstance(message["value"], str)]
+        senders = senders[1:] if senders[0] != "human" else senders
+        good = len(senders) > 1 and all(who == ("human", "gpt")[i % 2] for i, who in enumerate(senders))
+        good = good and isinstance(entry.get("image", ""), str | None)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"{path}: entry {index} must be {{'image': file name or absent, 'conversations': [...]}} with messages "
+            "{'from', 'value'} that alternate between 'human' and 'gpt' and hold an answer"
+        )
+
+
+def _with_pictures(entries: list[dict[str, Any]], folder: Path, on_error: str) -> list[dict[str, Any]]:
+    """The entries whose picture exists, or that need none."""
+    kept, lines = [], []
+    for index, entry in enumerate(entries):
+        name = entry.get("image")
+        if name is None or (folder / IMAGES_NAME / name).is_file():
+            kept.append(entry)
+            continue
+        if on_error == "raise":
+            raise ValueError(f"data.on_error = 'raise': the picture {folder / IMAGES_NAME / name} is missing")
+        skipped = {"split": "train", "image_id": str(entry.get("id", index)), "file": name}
+        lines.append(json.dumps({**skipped, "reason": "the file is missing"}) + "\n")
+    if lines:
+        (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
+        logging.warning("%d of %d pictures are missing, see %s", len(lines), len(entries), folder / SKIPPED)
+    return kept
+
+
+def _plain(text: str) -> tuple[str, int]:
+    """A text without an answer."""
+    return text, len(text)
