@@ -1,0 +1,157 @@
+"""The figures: what is drawn where (on the drawn objects and pixels), and what is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokzip_jax import plots
+from tokzip_jax.evals.table import RowResult
+from tokzip_jax.types import VisualTokens
+
+# 16 patches: slot 0 is CLS, slots 1 and 2 keep patches 0 and 5, slot 3 stands on patch 10 and took 3 and 11,
+# slot 4 was not filled. Patch 7 went to the slot that was not filled; all others were dropped.
+SOURCE = np.full(16, -1)
+SOURCE[[0, 5, 10, 3, 11, 7]] = [1, 2, 3, 3, 3, 4]
+PANEL = plots.KeptPanel("zip", np.array([-1, 0, 5, 10, 7]), np.array([1, 1, 1, 1, 0], bool), SOURCE)
+LOOKS = plots.LooksPanel("voco", np.random.default_rng(0).random((3, 2, 16)))
+PICTURES = np.full((2, 8, 8, 3), 200, np.uint8)
+
+
+def result(method, tokens, accuracy, **fields):
+    scores = {"accuracy": accuracy, "accuracy_by_type": {}, "accuracy_not_yes_no": accuracy / 2}
+    return RowResult(method=method, visual_tokens=tokens, **scores, **fields)
+
+
+def width(path):
+    with Image.open(path) as picture:
+        return picture.size[0]
+
+
+ROWS = [
+    result("prior", None, 0.67),
+    result("lower", 1, 0.7),
+    result("upper", 64, 0.97),
+    result("voco_1", 1, 0.96),
+    result("voco_4", 4, 0.965),
+    result("random_16", 16, 0.8, spread=0.01),
+    result("upper_official", 65, 0.968),
+]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures as they are saved, so that tests can look at what was drawn."""
+    seen = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (seen.append(figure), save(figure, path)))
+    return seen
+
+
+def test_states_and_colours_of_patches():
+    states = plots.patch_states(PANEL)
+    assert list(np.flatnonzero(states == "kept")) == [0, 5, 10]
+    assert list(np.flatnonzero(states == "merged")) == [3, 11]
+    assert list(plots.slot_colours(PANEL)) == [3]
+    many = plots.KeptPanel("m", np.arange(64), np.ones(64, bool), np.repeat(np.arange(32), 2))
+    assert len(set(plots.slot_colours(many).values())) == 32
+
+
+def test_kept_panel_takes_one_picture_of_a_batch():
+    tokens = VisualTokens(
+        tokens_BMD=jnp.zeros((2, 5, 3)),
+        valid_BM=jnp.stack([jnp.zeros(5, bool), PANEL.valid_M]),
+        position_BM=jnp.stack([jnp.zeros(5, int), PANEL.position_M]),
+        size_BM=jnp.ones((2, 5), int),
+        source_BP=jnp.stack([jnp.zeros(16, int), PANEL.source_P]),
+    )
+    panel = plots.kept_panel("zip", tokens, 1)
+    assert all(np.array_equal(getattr(panel, f.name), getattr(PANEL, f.name)) for f in dataclasses.fields(PANEL))
+
+
+def test_kept_tokens_figure(tmp_path, figures):
+    path = tmp_path / "figures" / "kept_tokens.png"
+    plots.kept_tokens_figure(PICTURES, [[PANEL, LOOKS]] * 2, path)
+    assert width(path) > 600
+    titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
+    assert titles[:2] == ["picture", "zip"] and titles[2].startswith("voco\nlayers 1-3") and len(titles) == 3
+    # Per picture: itself, one panel of patches, 3 x 2 maps; and the frame that carries the title of the maps.
+    assert len(figures[0].axes) == 2 * (1 + 1 + 6) + 1
+    zipped = next(axes for axes in figures[0].axes if axes.get_title() == "zip")
+    cover = zipped.images[1].get_array().reshape(16, 4)
+    assert list(np.flatnonzero(cover[:, 3] == 0)) == [0, 5, 10]
+    assert np.allclose(cover[[3, 11], :3], plots.slot_colours(PANEL)[3])
+    assert len({tuple(cover[place]) for place in (1, 2, 7, 15)}) == 1 and cover[1, :3].max() < 0.2
+    frames = zipped.collections[1].get_edgecolor()
+    assert np.allclose(frames[:2], 1) and np.allclose(frames[2, :3], plots.slot_colours(PANEL)[3])
+
+
+def test_looks_put_the_strongest_red_where_the_token_looks_most(tmp_path, figures):
+    plots.kept_tokens_figure(PICTURES[:1], [[LOOKS]], tmp_path / "looks.png")
+    maps = [axes for axes in figures[0].axes if len(axes.images) == 2]
+    assert len(maps) == 6
+    for number, axes in enumerate(maps):
+        token, layer = divmod(number, 3)
+        alpha = axes.images[1].get_array()[..., 3].reshape(-1)
+        assert alpha.argmax() == LOOKS.attention_LkP[layer, token].argmax()
+        assert alpha.max() == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize(
+    "pictures, panels, message",
+    [
+        (PICTURES, [[PANEL]], "2 pictures need as many rows of panels"),
+        (PICTURES[:0], [], "at least one"),
+        (PICTURES, [[PANEL], [LOOKS]], "picture 1 must have the same panels as picture 0"),
+        (PICTURES[:1], [[]], "picture 0 must have the same panels"),
+        (PICTURES[:1], [[plots.LooksPanel("v", np.ones((1, 1, 15)))]], "15 patches are no square grid"),
+    ],
+)
+def test_kept_tokens_figure_refuses(pictures, panels, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plots.kept_tokens_figure(pictures, panels, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_retention_figure(tmp_path, figures):
+    plots.retention_figure(ROWS, tmp_path / "figures" / "retention.png")
+    assert width(tmp_path / "figures" / "retention.png") > 600
+    left, right = figures[0].axes
+    assert (left.get_xscale(), left.get_title(), right.get_title()) == (
+        *("log", "all questions", "without yes/no questions"),
+    )
+    assert left.get_legend_handles_labels()[1] == ["prior", "lower", "upper", "voco", "random", "upper_official"]
+    lines = {line.get_label(): line for line in left.lines if not line.get_label().startswith("_")}
+    assert lines["prior"].get_ydata()[0] == pytest.approx(67)
+    voco, *_ = next(box for box in left.containers if box.get_label() == "voco")
+    assert list(voco.get_xdata()) == [1, 4] and list(voco.get_ydata()) == pytest.approx([96, 96.5])
+    voco, *_ = next(box for box in right.containers if box.get_label() == "voco")
+    assert list(voco.get_ydata()) == pytest.approx([48, 48.25])
+    # 65 would touch 64's label, had 64 one; 1, 4, 16 and 65 stand apart.
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "4", "16", "65"]
+
+
+def test_no_two_labels_of_the_retention_figure_overlap(tmp_path, figures):
+    rows = [*ROWS, *[result(f"visionzip_{n}", n, 0.9) for n in (14, 15, 17, 60, 64)]]
+    rows = [*rows, *[result(f"a_rather_long_name_of_kind_{c}", 2, 0.9) for c in "abcdef"]]
+    plots.retention_figure(rows, tmp_path / "retention.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    boxes += [axes.title.get_window_extent() for axes in figure.axes]
+    for axes in figure.axes:
+        boxes += [tick.get_window_extent() for tick in axes.get_xticklabels()] + [axes.xaxis.label.get_window_extent()]
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    right, top = figure.canvas.get_width_height()
+    looks = {(box[0].get_color(), box[0].get_marker()) for box in figure.axes[0].containers}
+    assert len(looks) == len(figure.axes[0].containers) == 10
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= right and box.y1 <= top for box in boxes)
+
+
+def test_retention_figure_without_rows_or_points(tmp_path):
+    with pytest.raises(ValueError, match="at least one row"):
+        plots.retention_figure([], tmp_path / "x.png")
+    plots.retention_figure(ROWS[:1], tmp_path / "only_a_line.png")
+    assert (tmp_path / "only_a_line.png").exists()

@@ -1,0 +1,298 @@
+"""The two figures of a run: accuracy against visual tokens, and what a compressor kept of real pictures.
+
+Figures are made without pyplot, so that nothing global (backend, open figures) is touched; a PNG needs no display.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import NullLocator
+
+from tokzip_jax.evals.table import RowResult
+from tokzip_jax.types import VisualTokens
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; every family has a marker of its own as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#555555")
+MARKERS = "osD^vPX*"
+TITLE_SIZE = 9
+MERGED_ALPHA = 0.55
+LINE_STYLES = ((0, (1, 1.5)), (0, (5, 2)), "-", (0, (5, 1.5, 1, 1.5)))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptPanel:
+    """What a compressor made of one picture's patches: one row of a `VisualTokens`, as NumPy arrays."""
+
+    title: str
+    position_M: np.ndarray
+    valid_M: np.ndarray
+    source_P: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LooksPanel:
+    """Where the VoCo tokens of one picture look.
+
+    Attributes:
+        title: heads the column.
+        attention_LkP: [layers, k, P], in any scale: each map is drawn from 0 to its own largest value.
+    """
+
+    title: str
+    attention_LkP: np.ndarray
+
+
+def kept_panel(title: str, tokens: VisualTokens, row: int) -> KeptPanel:
+    """The panel of picture `row` of a batch."""
+    return KeptPanel(title, *(np.asarray(x[row]) for x in (tokens.position_BM, tokens.valid_BM, tokens.source_BP)))
+
+
+def retention_figure(
+    rows: Sequence[RowResult], path: str | os.PathLike[str], *, lines: Sequence[str] = ("prior", "lower", "upper")
+) -> None:
+    """Draw accuracy against visual tokens: over all questions, and beside it without yes/no questions.
+
+    Rows named in `lines`, and rows that have no number of tokens, become horizontal lines (names that are no row are
+    passed over). The others become points, joined within a family: the rows whose names differ in a number only.
+
+    Args:
+        rows: the lines of the results table.
+        path: of the PNG; its directory is made where it is missing.
+        lines: names of rows that are bounds.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("the retention figure needs at least one row of results")
+    measures = {"all questions": "accuracy", "without yes/no questions": "accuracy_not_yes_no"}
+    measures = {name: key for name, key in measures.items() if any(getattr(row, key) is not None for row in rows)}
+    bounds = [row for row in rows if row.method in lines or not row.visual_tokens]
+    families: dict[str, list[RowResult]] = {}
+    for row in rows:
+        if row not in bounds:
+            families.setdefault(_family(row.method), []).append(row)
+
+    figure = Figure(figsize=(1 + 4.4 * len(measures), 4.6), layout="constrained")
+    every = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, (name, key) in zip(every, measures.items()):
+        _draw_bounds(axes, bounds, key)
+        _draw_families(axes, families, key)
+        _token_axis(axes, [row.visual_tokens for members in families.values() for row in members])
+        axes.set(title=name, xlabel="visual tokens that the question can read")
+    every[0].set_ylabel("accuracy, %")
+    handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def _family(method: str) -> str:
+    """The name without its numbers: voco_1 and voco_4 are both voco."""
+    return re.sub(r"[\s_@-]*\d+", "", method) or method
+
+
+def _draw_bounds(axes: Axes, bounds: Sequence[RowResult], key: str) -> None:
+    for number, row in enumerate(bounds):
+        if (value := getattr(row, key)) is not None:
+            style = LINE_STYLES[number % len(LINE_STYLES)]
+            axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.3, label=row.method, zorder=1)
+
+
+def _draw_families(axes: Axes, families: dict[str, list[RowResult]], key: str) -> None:
+    for number, (name, members) in enumerate(families.items()):
+        members = sorted((row for row in members if getattr(row, key) is not None), key=lambda row: row.visual_tokens)
+        if not members:
+            continue
+        # The spread is that of the overall accuracy, so it is drawn only there.
+        spread = [100 * (row.spread or 0) for row in members] if key == "accuracy" else [0]
+        # The second round of colours goes with other markers than the first.
+        shape = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        marker = {"marker": shape, "markersize": 7.5, "markeredgecolor": "white"}
+        axes.errorbar(
+            [row.visual_tokens for row in members],
+            [100 * getattr(row, key) for row in members],
+            yerr=spread if any(spread) else None,
+            **{"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6, "capsize": 3, "zorder": 3, "label": name},
+            **marker,
+        )
+
+
+def _token_axis(axes: Axes, counts: Sequence[int]) -> None:
+    """A logarithmic axis with ticks at the counts that occur, but for those that would touch their neighbour."""
+    axes.grid(axis="y", color="0.9", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not counts:
+        return
+    axes.set_xscale("log", base=2)
+    low, high = min(counts), max(counts)
+    gap = max(np.log2(high / low), 1) / 9
+    ticks: list[int] = []
+    for count in sorted(set(counts)):
+        if not ticks or np.log2(count / ticks[-1]) >= gap:
+            ticks.append(count)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(low / 2**gap, high * 2**gap)
+
+
+def kept_tokens_figure(
+    pictures_BHWC: np.ndarray, panels: Sequence[Sequence[KeptPanel | LooksPanel]], path: str | os.PathLike[str]
+) -> None:
+    """Draw a row per picture: the picture, and one panel per method.
+
+    A kept patch is shown as it is, framed in white; a patch that others were merged into is framed in its slot's
+    colour, and those others are tinted with it; a dropped patch is dark. A `LooksPanel` lays attention in red over the
+    grey picture: layers from left to right, VoCo tokens from top to bottom.
+
+    Args:
+        pictures_BHWC: [B, H, W, 3] uint8.
+        panels: for every picture the same panels (by kind and title), in the order of the columns.
+        path: of the PNG; its directory is made where it is missing.
+
+    Raises:
+        ValueError: no picture, a picture without panels or with others than the first has, or a number of patches
+            that is no square.
+    """
+    _check_panels(pictures_BHWC, panels)
+    widths = [1.0, *(_width(panel) for panel in panels[0])]
+    height = 1.75
+    figure = Figure(figsize=(height * sum(widths) + 0.15 * len(widths), height * len(panels) + 0.8))
+    # Margins in inches, so that titles and legend have the same room whatever the number of pictures.
+    inches = figure.get_figheight()
+    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.45 / inches, "bottom": 0.34 / inches}
+    grid = figure.add_gridspec(len(panels), len(widths), width_ratios=widths, wspace=0.06, hspace=0.06, **margins)
+    for row, (picture, chosen) in enumerate(zip(pictures_BHWC, panels)):
+        axes = _bare(figure, grid[row, 0], picture)
+        if row == 0:
+            axes.set_title("picture", fontsize=TITLE_SIZE)
+        for column, panel in enumerate(chosen, start=1):
+            draw = _draw_kept if isinstance(panel, KeptPanel) else _draw_looks
+            draw(figure, grid[row, column], picture, panel, row == 0)
+    if any(isinstance(panel, KeptPanel) for panel in panels[0]):
+        figure.legend(handles=_kept_legend(), loc="lower center", ncols=4, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _check_panels(pictures_BHWC: np.ndarray, panels: Sequence[Sequence[KeptPanel | LooksPanel]]) -> None:
+    if not len(panels) or len(pictures_BHWC) != len(panels):
+        raise ValueError(f"{len(pictures_BHWC)} pictures need as many rows of panels (at least one), not {len(panels)}")
+    first = [(type(panel), panel.title) for panel in panels[0]]
+    for number, chosen in enumerate(panels):
+        if not chosen or [(type(panel), panel.title) for panel in chosen] != first:
+            raise ValueError(f"picture {number} must have the same panels as picture 0, at least one")
+        for panel in chosen:
+            _side(panel.source_P.size if isinstance(panel, KeptPanel) else panel.attention_LkP.shape[-1])
+
+
+def _side(patches: int) -> int:
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are no square grid, so they cannot be laid over the picture")
+    return side
+
+
+def _width(panel: KeptPanel | LooksPanel) -> float:
+    """Width of a panel in pictures: heat maps are square and k of them stand in a column; titles need some width."""
+    if isinstance(panel, KeptPanel):
+        return 1.0
+    layers, voco, _ = panel.attention_LkP.shape
+    return max(layers / voco, 1.0)
+
+
+def _bare(figure: Figure, cell: SubplotSpec, picture_HWC: np.ndarray) -> Axes:
+    axes = figure.add_subplot(cell)
+    _lay_over(axes, picture_HWC)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color="0.75", linewidth=0.5)
+    return axes
+
+
+def _lay_over(axes: Axes, image: np.ndarray) -> None:
+    """Stretch an image of any resolution over the unit square, first row on top."""
+    axes.imshow(image, interpolation="nearest", extent=(0, 1, 1, 0), aspect="equal")
+
+
+def slot_colours(panel: KeptPanel) -> dict[int, tuple[float, float, float]]:
+    """RGB of every slot that stands for more than one patch, by slot number."""
+    slots, counts = np.unique(panel.source_P[panel.source_P >= 0], return_counts=True)
+    merged = [int(slot) for slot, count in zip(slots, counts) if count > 1 and panel.valid_M[slot]]
+    named = matplotlib.colormaps["tab10"].colors
+    many = matplotlib.colormaps["hsv"](np.linspace(0, 1, len(merged), endpoint=False))[:, :3]
+    colours = named if len(merged) <= len(named) else many
+    return {slot: tuple(map(float, colour)) for slot, colour in zip(merged, colours)}
+
+
+def patch_states(panel: KeptPanel) -> np.ndarray:
+    """[P] what became of each patch: "kept", "merged" (into another place's token) or "dropped"."""
+    source, place = panel.source_P, np.arange(panel.source_P.size)
+    known = (source >= 0) & panel.valid_M[source]
+    kept = known & (panel.position_M[source] == place)
+    return np.where(kept, "kept", np.where(known, "merged", "dropped"))
+
+
+def _draw_kept(figure: Figure, cell: SubplotSpec, picture: np.ndarray, panel: KeptPanel, titled: bool) -> None:
+    axes = _bare(figure, cell, picture)
+    side = _side(panel.source_P.size)
+    states, colours = patch_states(panel), slot_colours(panel)
+    cover = np.zeros((side * side, 4))
+    cover[states == "dropped"] = (0.08, 0.08, 0.1, 0.8)
+    for slot, colour in colours.items():
+        cover[(states == "merged") & (panel.source_P == slot)] = (*colour, MERGED_ALPHA)
+    _lay_over(axes, cover.reshape(side, side, 4))
+    kept = np.flatnonzero(states == "kept")
+    own = [colours.get(int(panel.source_P[place])) for place in kept]
+    inset = 0.12 / side  # frames of neighbours stand side by side
+    size = 1 / side - 2 * inset
+    frames = [Rectangle((place % side / side + inset, place // side / side + inset), size, size) for place in kept]
+    widths = np.array([22 if colour else 13 for colour in own]) / (side + 4)
+    # A black frame under the coloured one: white alone is lost on a pale picture, black alone on a dropped patch.
+    for edges, extra in (("black", 11 / (side + 4)), ([colour or "white" for colour in own], 0)):
+        style = {"facecolor": "none", "edgecolor": edges, "linewidth": widths + extra, "joinstyle": "miter"}
+        axes.add_collection(PatchCollection(frames, **style))
+    if titled:
+        axes.set_title(panel.title, fontsize=TITLE_SIZE)
+
+
+def _kept_legend() -> list[Patch]:
+    return [
+        Patch(facecolor="white", edgecolor="black", linewidth=0.8, label="kept"),
+        Patch(facecolor="none", edgecolor=COLOURS[1], linewidth=2, label="target of a merge"),
+        Patch(facecolor=COLOURS[1], alpha=MERGED_ALPHA, label="merged into the target of that colour"),
+        Patch(facecolor="0.1", label="dropped"),
+    ]
+
+
+def _draw_looks(figure: Figure, cell: SubplotSpec, picture: np.ndarray, panel: LooksPanel, titled: bool) -> None:
+    layers, voco, patches = panel.attention_LkP.shape
+    side = _side(patches)
+    grey = np.repeat(np.asarray(picture, np.float32).mean(-1, keepdims=True) / 255, 3, axis=-1)
+    inner = cell.subgridspec(voco, layers, wspace=0.06, hspace=0.06)
+    for token in range(voco):
+        for layer in range(layers):
+            axes = _bare(figure, inner[token, layer], grey)
+            heat = panel.attention_LkP[layer, token].reshape(side, side).astype(np.float32)
+            # Opacity is the attention, so that the picture stays to be seen where nobody looks.
+            red = np.broadcast_to(np.array([0.8, 0.0, 0.0], np.float32), (side, side, 3))
+            share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
+            _lay_over(axes, np.concatenate([red, 0.95 * share[..., None]], axis=-1))
+    if titled:
+        shown = "layer 1" if layers == 1 else f"layers 1-{layers} →"
+        shown += f", tokens 1-{voco} ↓" if voco > 1 else ""
+        frame = figure.add_subplot(cell, frameon=False, xticks=[], yticks=[])
+        frame.set_title(f"{panel.title}\n{shown}", fontsize=TITLE_SIZE)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
