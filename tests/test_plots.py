@@ -92,6 +92,9 @@ def test_looks_put_the_strongest_red_where_the_token_looks_most(tmp_path, figure
     plots.kept_tokens_figure(PICTURES[:1], [[LOOKS]], tmp_path / "looks.png")
     maps = [axes for axes in figures[0].axes if len(axes.images) == 2]
     assert len(maps) == 6
+    corners = [axes.get_position() for axes in maps]
+    assert np.all(np.diff([box.x0 for box in corners[:3]]) > 0)  # layers from left to right
+    assert corners[3].y1 < corners[0].y0 and corners[3].x0 == corners[0].x0  # the second token below the first
     for number, axes in enumerate(maps):
         token, layer = divmod(number, 3)
         alpha = axes.images[1].get_array()[..., 3].reshape(-1)
