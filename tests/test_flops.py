@@ -11,7 +11,7 @@ from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
 
 VICUNA_7B = ModelConfig(dtype="bfloat16")
 PLAIN = MethodConfig(voco_mask="visible")
-VOCO_1 = MethodConfig(voco=1)
+VOCO_1 = MethodConfig(voco=1, voco_mask="voco")
 SMALL = LlmConfig(vocab_size=512, width=128, layers=2, heads=8, kv_heads=2, head_dim=16, mlp_dim=384)
 
 
@@ -99,7 +99,7 @@ def test_ledger_of_the_uncompressed_model():
 
 def test_ledger_of_voco_splits_into_two_stages():
     llm = VICUNA_7B.llm
-    hidden = flops.ledger(VICUNA_7B, MethodConfig(voco=4), text_tokens=64)
+    hidden = flops.ledger(VICUNA_7B, MethodConfig(voco=4, voco_mask="voco"), text_tokens=64)
     assert (hidden.visual_tokens, hidden.voco_tokens, hidden.read_tokens) == (576, 4, 4)
     assert hidden.picture_flops == flops.llm_flops(llm, 1 + 576 + 4, head=0)
     assert hidden.prefill_flops == flops.llm_flops(llm, 64, past=4)
