@@ -82,7 +82,7 @@ class MethodConfig:
     projector: str = "mlp2x_gelu"  # a name of tokzip_jax.vlm.PROJECTORS
     pool_grid: int = 0  # avgpool_linear: side of the pooled grid (1 = one token)
     voco: int = 0  # VoCo slots of an image
-    voco_mask: str = "voco"  # "voco" (text sees VoCo, not vision), "prefix_visible" or "visible" (plain causal)
+    voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
