@@ -1,11 +1,14 @@
 """Config: round trips, messages of bad input, cross-field checks, stage order."""
 
 import dataclasses
+import sys
 
 import hypothesis
 import ml_collections
 import pytest
+from absl import app, flags
 from hypothesis import strategies as st
+from ml_collections import config_flags
 
 from tokzip_jax import config_check, config_io
 from tokzip_jax.config import (
@@ -123,6 +126,34 @@ def test_bad_keys_and_types_are_named(tree, words):
         config_io.from_config_dict(ml_collections.ConfigDict(tree))
     for word in words:
         assert word in str(error.value)
+
+
+# ml_collections 1.1 loads a config file this way; it is a warning of theirs.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_overrides_on_the_command_line(tmp_path, monkeypatch):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from tokzip_jax import config, config_io\n"
+        "def get_config():\n"
+        "    return config_io.to_config_dict(config.RunConfig(stages={'a': config.StageConfig()}))\n"
+    )
+
+    def parse(*overrides):
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, accept_new_attributes=True)
+        monkeypatch.setattr(app, "parse_flags_with_usage", values)
+        argv = ["train.py", f"--config={file}", *overrides]
+        monkeypatch.setattr(sys, "argv", argv)
+        config_io.parse_flags(argv)
+        return config_io.from_config_dict(values.config)
+
+    cfg = parse("--config.stages.a.steps=7", "--config.stages.a.voco_counts=(1,2)")
+    assert cfg.stages["a"].steps == 7
+    assert cfg.stages["a"].voco_counts == (1, 2)
+    with pytest.raises(ValueError, match=r"unknown config key data\.text_lenght; did you mean data\.text_length"):
+        parse("--config.data.text_lenght=3")
+    with pytest.raises(SystemExit, match=r"error: unknown config key dat\.workers: there is no 'dat'\. .*\"data\""):
+        parse("--config.dat.workers=3")
 
 
 def test_difference_names_what_changed():

@@ -7,12 +7,15 @@ import ast
 import dataclasses
 import difflib
 import json
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from absl import app
 
 from tokzip_jax.config import RunConfig
 
@@ -48,6 +51,23 @@ def from_config_dict(tree: ml_collections.ConfigDict | Mapping[str, Any], cls: t
             full dotted key and the expected type).
     """
     return _build(cls, tree, "")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """A `flags_parser` for `absl.app.run`: an override below a group that does not exist ends in one sentence.
+
+    Define the config flag with `lock_config=False, accept_new_attributes=True`; then `from_config_dict` refuses the
+    other unknown keys.
+    """
+    try:
+        return app.parse_flags_with_usage(argv)
+    except KeyError as error:
+        group, _, guess = str(error.args[0]).partition("\n")
+        for argument in argv:
+            override = re.match(r"--?\w+\.([\w.]+)", argument)
+            if override and group.strip("'") in override[1].split("."):
+                sys.exit(f"error: unknown config key {override[1]}: there is no {group}. {guess}")
+        raise
 
 
 def to_json(cfg: Any) -> str:
