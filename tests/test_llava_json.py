@@ -32,6 +32,12 @@ def test_pictures_are_llavas(number):
     np.testing.assert_allclose(normalised.transpose(2, 0, 1), golden[f"pixel_values_pad_{number}"], atol=1e-5)
 
 
+def test_odd_margins_go_below_and_right():
+    tall = pad_to_square(np.zeros((5, 2, 3), np.uint8))
+    wide = pad_to_square(np.zeros((2, 5, 3), np.uint8))
+    assert list(tall.any((0, 2))) == list(wide.any((1, 2))) == [True, False, False, True, True]
+
+
 def entry(turns, **extra):
     messages = [({"from": "human", "value": q}, {"from": "gpt", "value": a}) for q, a in turns]
     return {"id": "x", "conversations": [message for pair in messages for message in pair], **extra}
@@ -147,6 +153,10 @@ def test_missing_pictures(folder, caplog):
         "split": "train", "image_id": "gone", "file": "b.png", "reason": "the file is missing"
     } 
     assert "1 of 3 pictures are missing" in caplog.text
+    (folder / "skipped.jsonl").unlink()
+    (folder / "skipped.jsonl").mkdir()  # stands in for a folder that cannot be written to
+    assert len(sources.load(config(folder), "train")) == 2
+    assert "the first is" in caplog.text and "b.png" in caplog.text
     with pytest.raises(ValueError, match=r"data\.on_error = 'raise'.*b\.png is missing"):
         sources.load(config(folder, on_error="raise"), "train")
 

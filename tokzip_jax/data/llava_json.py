@@ -190,8 +190,12 @@ def _with_pictures(entries: list[dict[str, Any]], folder: Path, on_error: str) -
         skipped = {"split": "train", "image_id": str(entry.get("id", index)), "file": name}
         lines.append(json.dumps({**skipped, "reason": "the file is missing"}) + "\n")
     if lines:
-        (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
-        logging.warning("%d of %d pictures are missing, see %s", len(lines), len(entries), folder / SKIPPED)
+        where = f"see {folder / SKIPPED}"
+        try:
+            (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
+        except OSError as error:  # data is often mounted read-only; the run can go on without the list
+            where = f"the first is {lines[0].strip()} (no list of them: {error})"
+        logging.warning("%d of %d pictures are missing, %s", len(lines), len(entries), where)
     return kept
 
 

@@ -16,7 +16,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al., arXiv 1508.07909, on bytes as GPT-2 does).
 
-    The same texts give the same tokenizer: repeated merges are ordered by count, ties by their ids.
+    The same texts give the same tokenizer, in whatever order they come: merges go by count, ties by their ids.
 
     Args:
         texts: what to train on; repetitions count.
@@ -39,8 +39,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if full else [],
         show_progress=False,
     )
-    # Sorted, because the trainer counts words in a hash map that is filled in the order of the texts.
-    tok.train_from_iterator(sorted(texts), trainer)
+    tok.train_from_iterator(texts, trainer)
     tok.encode_special_tokens = True
     return tok
 
