@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokzip_jax.compress import ops
 from tokzip_jax.compress.visionzip import check_budget, target_places, visionzip
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -269,46 +268,3 @@ def test_wrong_arguments_are_named():
         run(patches, cls, score, keys[:, 1:])
     with pytest.raises(ValueError, match="without a CLS row"):
         visionzip(patches, None, score, keys, dominant=5, contextual=5)
-
-
-def naive_received(q, k, segment):
-    """Mean over heads and over a token's own segment's queries of the full softmax."""
-    batch, heads, length, dim = q.shape
-    score = np.zeros((batch, length))
-    for b in range(batch):
-        for n in range(heads):
-            for t in range(length):
-                sees = [s for s in range(length) if segment[b, s] == segment[b, t] != 0]
-                logits = np.array([q[b, n, t] @ k[b, n * k.shape[1] // heads, s] for s in sees]) / np.sqrt(dim)
-                weights = np.exp(logits - logits.max()) if sees else logits
-                score[b, sees] += weights / weights.sum() / len(sees) if sees else 0
-    return score / heads
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_received_attention_equals_the_full_softmax(kv_heads):
-    rng = np.random.default_rng(0)
-    q, k = (3 * rng.standard_normal((2, n, 11, 3)).astype(np.float32) for n in (4, kv_heads))
-    segment = np.array([[1] * 11, [1] * 4 + [7] * 5 + [0] * 2])
-    for block in (1, 4, 64):
-        found = ops.received_attention(q, k, segment_BS=segment, block=block)
-        np.testing.assert_allclose(found, naive_received(q, k, segment), atol=1e-6)
-    free = ops.received_attention(q, k)
-    np.testing.assert_allclose(free, naive_received(q, k, np.ones((2, 11))), atol=1e-6)
-    np.testing.assert_allclose(found[1, 9:], 0.0)
-
-
-def test_received_attention_never_holds_the_full_matrix():
-    q = jnp.zeros((1, 2, 256, 8))
-    compiled = jax.jit(functools.partial(ops.received_attention, block=16)).lower(q, q).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 256 * 256 * 4
-
-
-def test_received_attention_refuses_what_does_not_fit():
-    q = np.zeros((1, 4, 6, 2), np.float32)
-    with pytest.raises(ValueError, match="must agree"):
-        ops.received_attention(q, q[:, :3])
-    with pytest.raises(ValueError, match="must agree"):
-        ops.received_attention(q, q[:, :, :5])
-    with pytest.raises(ValueError, match="at least 1"):
-        ops.received_attention(q, q, block=0)

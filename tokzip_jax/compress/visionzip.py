@@ -98,36 +98,27 @@ def visionzip(
     batch, patches, _ = patches_BPD.shape
     prefix = 0 if cls_BD is None else 1
     check_budget(patches, dominant, contextual, cls=bool(prefix))
-    _check_options(merge, targets)
-    _check_shapes(batch, patches, prefix, cls_attention_BP, keys_BSH)
+    _check_arguments(batch, patches, prefix, cls_attention_BP, keys_BSH, merge, targets)
 
     kept = dominant - prefix
     chosen_BP = ops.top_mask(cls_attention_BP, kept)
     kept_BK, rest_BR = ops.partition(chosen_BP, kept)
-    tokens, positions = [ops.gather(patches_BPD, kept_BK)], [kept_BK]
-    sizes = [jnp.ones((batch, kept), jnp.int32)]
+    # Parts of the result as (tokens, positions, sizes), in the order of the slots.
+    parts = [(ops.gather(patches_BPD, kept_BK), kept_BK, jnp.ones_like(kept_BK))]
     source_BP = ops.source(chosen_BP, first=prefix)
     if cls_BD is not None:
-        tokens.insert(0, cls_BD[:, None].astype(patches_BPD.dtype))
-        positions.insert(0, jnp.full((batch, 1), -1, jnp.int32))
-        sizes.insert(0, jnp.zeros((batch, 1), jnp.int32))
+        nowhere = jnp.full((batch, 1), -1, jnp.int32)
+        parts.insert(0, (cls_BD[:, None].astype(patches_BPD.dtype), nowhere, jnp.zeros_like(nowhere)))
     if contextual:
         places = target_places(patches - kept, contextual, targets)
         target_BM = rest_BR[:, places]
         slot_BP, is_target_BP = _assign(keys_BSH[:, prefix:], chosen_BP, target_BM, places)
         member_BP = jnp.where(chosen_BP | is_target_BP, -1, slot_BP)
         merged, count_BM = _merge(patches_BPD, target_BM, member_BP, merge)
-        tokens.append(merged)
-        positions.append(target_BM)
-        sizes.append(1 + count_BM)
+        parts.append((merged, target_BM, 1 + count_BM))
         source_BP = jnp.where(chosen_BP, source_BP, dominant + slot_BP)
-    return VisualTokens(
-        tokens_BMD=jnp.concatenate(tokens, axis=1),
-        valid_BM=jnp.ones((batch, dominant + contextual), bool),
-        position_BM=jnp.concatenate(positions, axis=1),
-        size_BM=jnp.concatenate(sizes, axis=1),
-        source_BP=source_BP,
-    )
+    tokens_BMD, position_BM, size_BM = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    return VisualTokens(tokens_BMD, jnp.ones(position_BM.shape, bool), position_BM, size_BM, source_BP)
 
 
 def _assign(keys_BPH: Array, chosen_BP: Array, target_BM: Array, places: np.ndarray) -> tuple[Array, Array]:
@@ -156,14 +147,12 @@ def _merge(patches_BPD: Array, target_BM: Array, member_BP: Array, merge: str) -
     return merged.astype(patches_BPD.dtype), count_BM
 
 
-def _check_options(merge: str, targets: str) -> None:
-    if merge not in MERGES:
-        raise ValueError(f"VisionZip: merge = {merge!r} is unknown; choose one of {', '.join(MERGES)}")
-    if targets not in TARGETS:
-        raise ValueError(f"VisionZip: targets = {targets!r} is unknown; choose one of {', '.join(TARGETS)}")
-
-
-def _check_shapes(batch: int, patches: int, prefix: int, score: Array, keys: Array) -> None:
+def _check_arguments(
+    batch: int, patches: int, prefix: int, score: Array, keys: Array, merge: str, targets: str
+) -> None:
+    for name, value, known in (("merge", merge, MERGES), ("targets", targets, TARGETS)):
+        if value not in known:
+            raise ValueError(f"VisionZip: {name} = {value!r} is unknown; choose one of {', '.join(known)}")
     if score.shape != (batch, patches):
         raise ValueError(f"VisionZip: scores have shape {score.shape}; {patches} patches need {(batch, patches)}")
     if keys.shape[:2] != (batch, prefix + patches):
