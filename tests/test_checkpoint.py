@@ -171,6 +171,8 @@ def test_an_unfinished_step_is_ignored(tmp_path):
     torn = tmp_path / "2.orbax-checkpoint-tmp" / "state"
     torn.mkdir(parents=True)
     (torn / "_METADATA").write_text(json.dumps({}))
+    (tmp_path / "0").mkdir()  # a step that was being deleted
     with Checkpointer(tmp_path, every=1) as checkpoints:
         assert checkpoints.restore(jax.eval_shape(make_state))[0] == 1
+    (tmp_path / "7").mkdir()
     assert_same(load_params(tmp_path, make_state().params), make_state(1).params)

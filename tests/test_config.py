@@ -115,6 +115,7 @@ def test_strings_from_the_command_line_are_parsed():
         ({"seed": 1.5}, ["seed = 1.5 (float) must be int"]),
         ({"seed": "x"}, ["seed = 'x' (str) must be int"]),
         ({"model": {"llm": {"tied_head": 1}}}, ["model.llm.tied_head = 1 (int) must be bool"]),
+        ({"stages": {"a": {"optim": {"b1": True}}}}, ["stages.a.optim.b1 = True (bool) must be float"]),
         ({"stages": {"a": {"steps": None}}}, ["stages.a.steps = None (NoneType) must be int"]),
         ({"stages": {"a": {"voco_counts": (1, 2.5)}}}, ["stages.a.voco_counts", "must be a tuple of int"]),
         ({"stages": 3}, ["stages = 3 must be a group of keys"]),
