@@ -1,0 +1,91 @@
+"""One small model and the rows that the tests of the core share; what is compiled here is compiled once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokzip_jax import llm, vlm
+from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.types import IMAGE_ID, VOCO_ID
+
+VIT = VitConfig(image_size=32, patch_size=8, width=16, layers=3, heads=2, mlp_dim=32)
+LLM = LlmConfig(
+    vocab_size=32, width=16, layers=3, heads=4, kv_heads=2, head_dim=4, mlp_dim=32, max_positions=128, rope_theta=100.0
+)
+MODEL = ModelConfig(vit=VIT, llm=LLM, voco_embeddings=8, contrast_dim=8)
+# Eight VoCo slots, of which `voco_count` are used: every k from 0 to 8 is the same program.
+METHOD = MethodConfig(voco=8, voco_mask="voco")
+BOS, EOS = 1, 2
+PICTURE = [BOS, IMAGE_ID, VOCO_ID]
+
+
+@functools.cache
+def params():
+    """Random parameters, with attention that is far from flat: what should matter has to show."""
+    fresh = jax.jit(functools.partial(vlm.init, MODEL, "mlp2x_gelu"))(jax.random.key(0))
+    attention = fresh["llm"]["layers"]["0"]["attn"]
+    for name, factor in (("q", 4.0), ("k", 2.0), ("v", 2.0), ("o", 2.0)):
+        attention[name]["w"] = factor * attention[name]["w"]
+    fresh["voco"]["table"] = 10 * fresh["voco"]["table"]
+    fresh["projector"]["mlp2x_gelu"]["fc2"]["w"] = 3 * fresh["projector"]["mlp2x_gelu"]["fc2"]["w"]
+    return fresh
+
+
+def images(rows, count=1, seed=0):
+    """[rows, count, 32, 32, 3] uint8 noise."""
+    return np.random.default_rng(seed).integers(0, 256, (rows, count, 32, 32, 3)).astype(np.uint8)
+
+
+def words(rng, count):
+    """`count` text ids that are no special ones."""
+    return rng.integers(3, LLM.vocab_size, count).tolist()
+
+
+def batch(rows, length, *, left=False, count=1, seed=0):
+    """A batch of rows, padded to `length` on either side.
+
+    A row is a list of parts: ids, or (ids, {"thread": .., "sample": .., "supervised": ..}) for what is not the default
+    (0, 1, False).
+    """
+    defaults = {"thread": 0, "sample": 1, "supervised": False}
+    out = {"ids": np.zeros((len(rows), length), np.int32), "supervised": np.zeros((len(rows), length), bool)}
+    out |= {name: np.zeros((len(rows), length), np.int32) for name in ("thread", "sample")}
+    for number, row in enumerate(rows):
+        parts = [part if isinstance(part, tuple) else (part, {}) for part in row]
+        total = sum(len(ids) for ids, _ in parts)
+        assert total <= length, f"row {number} holds {total} ids"
+        at = length - total if left else 0
+        for ids, marks in parts:
+            place = slice(at, at + len(ids))
+            out["ids"][number, place] = ids
+            for name, value in (defaults | marks).items():
+                out[name][number, place] = value
+            at += len(ids)
+    return {**out, "images": images(len(rows), count, seed)}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def forward(params, batch, table, cfg=MODEL, method=METHOD, voco_count=8):
+    """(logits of every slot, layout); the table and the VoCo count are arguments of one program."""
+    out = vlm.forward(cfg, params, batch, method, table=table, voco_count=voco_count)
+    return llm.logits(cfg, params["llm"], out.hidden_BTD), out.layout
+
+
+def logits_of_text(logits, layout, row, **marks):
+    """The logits [n, V] of a row's text slots, those with the given integers (thread=1, ...) only."""
+    kind = np.asarray(layout.ids[row]) > 0
+    for name, value in marks.items():
+        kind &= np.asarray(getattr(layout.stream, name)[row]) == value
+    return np.asarray(logits[row])[kind]
+
+
+def close(found, expected, atol=2e-5):
+    """Equal up to float32's rounding in another order of sums."""
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol, rtol=1e-5)
+
+
+def count(value):
+    """An int32 scalar, so that a VoCo count is an argument and no constant."""
+    return jnp.int32(value)
