@@ -164,8 +164,10 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
 def test_another_platform_is_refused():
     environment.require_platform("")
     environment.require_platform("cpu")
-    with pytest.raises(ValueError, match=r"platform = 'tpu', but JAX found 8 x cpu \('cpu'\); install JAX for tpu"):
+    with pytest.raises(ValueError, match=r"platform = 'tpu', but JAX found 8 x cpu \('cpu'\); install JAX for TPU"):
         environment.require_platform("tpu")
+    with pytest.raises(ValueError, match=r"platform = 'accelerator', .*install JAX for a TPU or GPU"):
+        environment.require_platform("accelerator")
 
 
 def test_compile_cache_fills_a_directory(tmp_path):

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
@@ -161,6 +162,40 @@ def test_batches_are_split_over_the_data_axis():
         assert {shard.data.shape[0] for shard in out[name].addressable_shards} == {2}
     with pytest.raises(ValueError, match=r"batch\['ids'\] = 6 rows must be a multiple"):
         sharding.shard_batch(mesh, {"ids": np.zeros((6, 2), np.int32)})
+
+
+def laid_out(processes):
+    """A stand-in for a mesh: the process of each device, [data, model]."""
+    devices = np.array([[types.SimpleNamespace(process_index=p) for p in row] for row in processes])
+    return types.SimpleNamespace(devices=devices, shape={"data": len(processes), "model": len(processes[0])})
+
+
+@pytest.mark.parametrize(
+    ("processes", "process", "share"),
+    [
+        ([[0], [0], [1], [1]], 1, (1, 2)),  # each process has rows of its own
+        ([[0, 0], [1, 1]], 0, (0, 2)),
+        ([[0, 1], [2, 3]], 1, (0, 2)),  # the model axis runs across 0 and 1: the same rows
+        ([[0, 1], [2, 3]], 2, (1, 2)),
+        ([[0, 1]], 1, (0, 1)),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same_share(monkeypatch, processes, process, share):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    assert sharding.data_share(laid_out(processes)) == share
+
+
+def test_unequal_shares_are_refused():
+    with pytest.raises(ValueError, match=r"mesh\.data = 3 cannot be dealt out to 2 processes"):
+        sharding.data_share(laid_out([[0], [0], [1]]))
+
+
+def test_place_replicates_or_splits():
+    mesh = mesh_of(4, 2)
+    assert sharding.place(mesh, np.int32(3)).sharding.is_fully_replicated
+    split = sharding.place(mesh, {"x": np.arange(8.0, dtype=np.float32)}, "data")["x"]
+    assert split.sharding.spec == P("data")
+    np.testing.assert_array_equal(split, np.arange(8.0))
 
 
 def test_constrain():
