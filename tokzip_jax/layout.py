@@ -36,8 +36,8 @@ class Layout:
 
 
 def slots(text_length: int, *, images: int, visual: int, voco: int) -> int:
-    """How many slots T' a row of `text_length` ids has after expansion (each image: one placeholder of each kind)."""
-    return text_length + images * max(0, visual + voco - 2)
+    """How many slots T' a row of `text_length` ids may need: each image has a placeholder, and a VoCo one or none."""
+    return text_length + images * (max(0, visual - 1) + max(0, voco - 1))
 
 
 def expand(batch: dict[str, Array], valid_BIM: Array, *, voco: int, voco_count: Array | int) -> Layout:
