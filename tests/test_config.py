@@ -178,7 +178,7 @@ BAD = {
     "model.vit.activation": ("swish", r"activation = 'swish' is unknown; choose one of"),
     "model.llm.kv_heads": (3, r"kv_heads = 3 must divide model\.llm\.heads = 2"),
     "model.llm.head_dim": (7, r"head_dim = 7 must be even"),
-    "model.llm.max_positions": (32, r"max_positions = 32 is too small for stages\.base\.method: .* needs 46"),
+    "model.llm.max_positions": (32, r"max_positions = 32 is too small for stages\.base\.method: .* needs 47"),
     "model.attention": ("flash", r"model\.attention = 'flash' is unknown; choose one of 'cudnn', 'einsum'"),
     "model.remat": ("half", r"model\.remat = 'half' is unknown"),
     "model.dtype": ("int8", r"model\.dtype = 'int8' is unknown; choose one of 'float32'"),
