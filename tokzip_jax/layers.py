@@ -39,7 +39,8 @@ class Einsum(nn.Module):
         if self.bias:
             b = self.param("b", nn.initializers.zeros, self.shape[self.fan_in :], self.param_dtype).astype(x.dtype)
             # A head-major output [B, N, T, H] has its length between the bias's axes.
-            y = y + (b[:, None] if "NT" in self.equation.split("->")[1] else b)
+            b = b[:, None] if "NT" in self.equation.split("->")[1] else b
+            y = y + b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
         return y
 
 
