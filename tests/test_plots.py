@@ -92,6 +92,7 @@ def test_looks_put_the_strongest_red_where_the_token_looks_most(tmp_path, figure
     plots.kept_tokens_figure(PICTURES[:1], [[LOOKS]], tmp_path / "looks.png")
     maps = [axes for axes in figures[0].axes if len(axes.images) == 2]
     assert len(maps) == 6
+    assert "layers 1-3 →, tokens 1-2 ↓" in figures[0].axes[-1].get_title()
     corners = [axes.get_position() for axes in maps]
     assert np.all(np.diff([box.x0 for box in corners[:3]]) > 0)  # layers from left to right
     assert corners[3].y1 < corners[0].y0 and corners[3].x0 == corners[0].x0  # the second token below the first
@@ -100,6 +101,15 @@ def test_looks_put_the_strongest_red_where_the_token_looks_most(tmp_path, figure
         alpha = axes.images[1].get_array()[..., 3].reshape(-1)
         assert alpha.argmax() == LOOKS.attention_LkP[layer, token].argmax()
         assert alpha.max() == pytest.approx(0.95)
+
+
+def test_more_tokens_than_layers_run_from_left_to_right(tmp_path, figures):
+    wide = plots.LooksPanel("voco", LOOKS.attention_LkP.swapaxes(0, 1))  # 2 layers, 3 tokens
+    plots.kept_tokens_figure(PICTURES[:1], [[wide]], tmp_path / "looks.png")
+    assert "tokens 1-3 →, layers 1-2 ↓" in figures[0].axes[-1].get_title()
+    maps = [axes.images[1].get_array()[..., 3].reshape(-1) for axes in figures[0].axes if len(axes.images) == 2]
+    assert maps[1].argmax() == wide.attention_LkP[0, 1].argmax()
+    assert maps[3].argmax() == wide.attention_LkP[1, 0].argmax()
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def kept_tokens_figure(
 
     A kept patch is shown as it is, framed in white; a patch that others were merged into is framed in its slot's
     colour, and those others are tinted with it; a dropped patch is dark. A `LooksPanel` lays attention in red over the
-    grey picture: layers from left to right, VoCo tokens from top to bottom.
+    grey picture, layers along one axis and VoCo tokens along the other.
 
     Args:
         pictures_BHWC: [B, H, W, 3] uint8.
@@ -202,11 +202,11 @@ def _side(patches: int) -> int:
 
 
 def _width(panel: KeptPanel | LooksPanel) -> float:
-    """Width of a panel in pictures: heat maps are square and k of them stand in a column; titles need some width."""
+    """Width of a panel in pictures, all of them one picture high; titles need some width."""
     if isinstance(panel, KeptPanel):
         return 1.0
     layers, voco, _ = panel.attention_LkP.shape
-    return max(layers / voco, 1.0)
+    return max(layers / voco, voco / layers)
 
 
 def _bare(figure: Figure, cell: SubplotSpec, picture_HWC: np.ndarray) -> Axes:
@@ -276,18 +276,19 @@ def _draw_looks(figure: Figure, cell: SubplotSpec, picture: np.ndarray, panel: L
     layers, voco, patches = panel.attention_LkP.shape
     side = _side(patches)
     grey = np.repeat(np.asarray(picture, np.float32).mean(-1, keepdims=True) / 255, 3, axis=-1)
-    inner = cell.subgridspec(voco, layers, wspace=0.06, hspace=0.06)
-    for token in range(voco):
-        for layer in range(layers):
-            axes = _bare(figure, inner[token, layer], grey)
-            heat = panel.attention_LkP[layer, token].reshape(side, side).astype(np.float32)
-            # Opacity is the attention, so that the picture stays to be seen where nobody looks.
-            red = np.broadcast_to(np.array([0.8, 0.0, 0.0], np.float32), (side, side, 3))
-            share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
-            _lay_over(axes, np.concatenate([red, 0.95 * share[..., None]], axis=-1))
+    # The longer axis runs from left to right, so that maps are as large as a row's height allows.
+    across, maps = ("layers", panel.attention_LkP.swapaxes(0, 1)) if layers >= voco else ("tokens", panel.attention_LkP)
+    down = "tokens" if across == "layers" else "layers"
+    inner = cell.subgridspec(*maps.shape[:2], wspace=0.06, hspace=0.06)
+    for row, column in np.ndindex(maps.shape[:2]):
+        axes = _bare(figure, inner[row, column], grey)
+        heat = maps[row, column].reshape(side, side).astype(np.float32)
+        # Opacity is the attention, so that the picture stays to be seen where nobody looks.
+        red = np.broadcast_to(np.array([0.8, 0.0, 0.0], np.float32), (side, side, 3))
+        share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
+        _lay_over(axes, np.concatenate([red, 0.95 * share[..., None]], axis=-1))
     if titled:
-        shown = "layer 1" if layers == 1 else f"layers 1-{layers} →"
-        shown += f", tokens 1-{voco} ↓" if voco > 1 else ""
+        shown = f"{across} 1-{maps.shape[1]} →" + (f", {down} 1-{maps.shape[0]} ↓" if maps.shape[0] > 1 else "")
         frame = figure.add_subplot(cell, frameon=False, xticks=[], yticks=[])
         frame.set_title(f"{panel.title}\n{shown}", fontsize=TITLE_SIZE)
 
