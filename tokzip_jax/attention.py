@@ -72,7 +72,8 @@ def attend(
         mask: [B, T, S] bool, True = sees; None = everything. A query that sees nothing gets a finite average.
         bias: added to the scaled logits, [B, S] (token size) or [B, T, S] (distance).
         implementation: "einsum" (explicit products; best on CPU), "xla" or "cudnn"
-            (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision).
+            (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision). On TPU, where the layout of the
+            rows is known beforehand, see `splash.attend`.
 
     Returns:
         [B, N, T, H] in the queries' dtype.

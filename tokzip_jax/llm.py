@@ -1,6 +1,7 @@
 """A LLaMA-shaped decoder (arXiv 2302.13971): grouped heads, rotary positions, SwiGLU, and a KV cache of plain arrays."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,6 +85,7 @@ def run_layers(
     hi: int | None = None,
     keep: bool = False,
     rows: Array | None = None,
+    attention: Callable[[Array, Array, Array], Array] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """Run layers lo .. hi-1 over a row of tokens.
 
@@ -98,18 +100,25 @@ def run_layers(
         lo, hi: static layer numbers (hi None: all).
         keep: return the keys and values of every layer.
         rows: [B, R] slots of this row whose attention weights are returned.
+        attention: (q [B, N, T, H], k, v [B, K, T, H]) -> [B, N, T, H] in place of `cfg.attention`, knowing by itself
+            what `table` says of this row: `splash.attend` with a static mask. Then no [B, T, T] mask is made.
 
     Returns:
         [B, T, D], and what was asked for, stacked over the layers (tuples where `blocks` is one): "k", "v"
         [L, B, K, S, H] if `keep`, and "scores" [L, B, N, R, S] float32 for `rows`.
+
+    Raises:
+        ValueError: an `attention` of its own together with a cache or `rows`.
     """
+    if attention is not None and (cache is not None or rows is not None):
+        raise ValueError("attention= is for whole rows: it goes with neither a cache nor rows=")
     hi = cfg.llm.layers if hi is None else hi
     modules = _modules(cfg.llm, cfg.param_dtype)
     angles = layers.rope_angles(stream.position, cfg.llm.head_dim, cfg.llm.rope_theta)
     # With a static offset nothing behind the new tokens is used yet, so it is not even read.
     used = slice(None, offset + x_BTD.shape[1] if isinstance(offset, int) else None)
     seen = stream if cache is None else jax.tree.map(lambda leaf: leaf[:, used], cache.stream)
-    mask = visibility(stream, seen, table)
+    mask = visibility(stream, seen, table) if attention is None else None
 
     def body(x: Array, block: Params, past: tuple[Array, Array] | None) -> tuple[Array, dict[str, Array]]:
         def mix(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
@@ -123,6 +132,8 @@ def run_layers(
                 q_rows = jnp.take_along_axis(q, rows[:, None, :, None], axis=2)
                 seen_rows = jnp.take_along_axis(mask, rows[:, :, None], axis=1)
                 out["scores"] = score_rows(q_rows, read_k, mask=seen_rows)
+            if attention is not None:
+                return attention(q, read_k, read_v), out
             return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), out
 
         x = constrain(x, "data", None, None)
