@@ -97,16 +97,17 @@ def encode(
 
 
 def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -> Array:
-    """The embedding of every slot, [B, T', D]: text by id, vision from [B, I*M, D], VoCo from its table; padding is 0."""
+    """Embeddings of all slots [B, T', D]: text by id, vision from [B, I*M, D], VoCo from its table; padding is 0."""
     dtype = jnp.dtype(cfg.dtype)
     text = params["llm"]["embed"]["table"].astype(dtype)[slots.ids]
     index = jnp.maximum(slots.visual, 0)[:, :, None]
     vision = jnp.take_along_axis(visual_BVD.astype(dtype), index, axis=1)
-    table = params["voco"]["table"].astype(dtype)
-    # One row: all VoCo tokens share it (official). Several: each has its own.
-    voco = table[jnp.clip(slots.voco, 0, table.shape[0] - 1)]
     kind = slots.stream.kind[:, :, None]
-    x = jnp.where(kind == VISION, vision, jnp.where(kind == VOCO, voco, text))
+    x = jnp.where(kind == VISION, vision, text)
+    if "voco" in params:
+        table = params["voco"]["table"].astype(dtype)
+        # One row: all VoCo tokens share it (official). Several: each has its own.
+        x = jnp.where(kind == VOCO, table[jnp.clip(slots.voco, 0, table.shape[0] - 1)], x)
     return jnp.where(kind == PAD, 0, x)
 
 
@@ -120,7 +121,16 @@ def embed(
     key: Array,
     summary: bool = False,
 ) -> tuple[Array, Layout, VisualTokens, Array | None]:
-    """Everything before the language model's first layer: (embeddings [B, T', D], layout, visual tokens, summary)."""
+    """Everything before the language model's first layer: (embeddings [B, T', D], layout, visual tokens, summary).
+
+    Raises:
+        ValueError: VoCo slots, but parameters of a model that never had VoCo tokens (a converted LLaVA).
+    """
+    if method.voco and "voco" not in params:
+        raise ValueError(
+            f"method.voco = {method.voco}, but the parameters hold no voco/table: "
+            "load them into those of `vlm.init`, or set method.voco = 0"
+        )
     rows, images = batch["images"].shape[:2]
     visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary)
     slots = layout.expand(
