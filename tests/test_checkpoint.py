@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokzip_jax.checkpoint import Checkpointer, finished, load_params, read_info, save_params
+from tokzip_jax.checkpoint import Checkpointer, absent, finished, load_params, read_info, save_params
 
 
 @jax.tree_util.register_dataclass
@@ -122,8 +122,9 @@ def test_parameters_out_of_a_training(tmp_path):
     assert_same(load_params(tmp_path, {"llm": make_state().params["llm"]}), {"llm": make_state(2).params["llm"]})
     assert_same(load_params(tmp_path / "1", make_state().params), make_state(1).params)
     wanted = {**make_state().params, "projector": {"fc": jnp.full(3, 7.0)}}
-    loaded = load_params(tmp_path, wanted, fresh=("projector/.*",))
-    assert_same(loaded, {**make_state(2).params, "projector": {"fc": jnp.full(3, 7.0)}})
+    assert absent(tmp_path, wanted, ("projector/.*",)) == ["projector/fc"]
+    with pytest.raises(ValueError, match=r"projector/fc is missing there, \(3,\) here"):
+        absent(tmp_path, wanted, ("llm/.*",))
     with pytest.raises(ValueError, match=r"projector/fc is missing there, \(3,\) here"):
         load_params(tmp_path, wanted)
 

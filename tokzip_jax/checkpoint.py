@@ -15,7 +15,8 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from tokzip_jax.paths import flatten, map_with_path
+from tokzip_jax import sharding
+from tokzip_jax.paths import flatten
 
 FINAL = "FINAL.json"  # written when a training has done its last step
 
@@ -102,6 +103,7 @@ class Checkpointer:
         self._manager.wait()
         if jax.process_index() == 0:
             _write_json(self.directory / FINAL, {"step": step, **self._info})
+        sharding.wait_for_all("the training is marked as complete")
 
     def close(self) -> None:
         """Wait for running saves; an error in one of them is raised here."""
@@ -124,37 +126,46 @@ def save_params(path: str, params: Any, *, info: Mapping[str, Any] | None = None
     ocp.save(_path(path), params, overwrite=True, custom_metadata=json.loads(json.dumps(info or {})))
 
 
-def load_params(path: str, params: Any, *, fresh: Sequence[str] = ()) -> Any:
+def absent(path: str, params: Any, fresh: Sequence[str] = ()) -> list[str]:
+    """Paths of the parameters that a checkpoint lacks, looked up without reading values.
+
+    Args:
+        path: as in `load_params`.
+        params: tree of arrays or `ShapeDtypeStruct`s.
+        fresh: path patterns of parameters that may be absent.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: parameters without such a pattern are missing, or any have other shapes.
+    """
+    place = _resolve(path)
+    stored, _ = _stored_params(place)
+    wanted = flatten(params)
+    missing = [
+        name for name in wanted if name not in stored and any(re.fullmatch(pattern, name) for pattern in fresh)
+    ]
+    _check(place, stored, {name: leaf for name, leaf in wanted.items() if name not in missing}, exact=False)
+    return missing
+
+
+def load_params(path: str, params: Any) -> Any:
     """Parameters out of a training's checkpoint or out of `save_params`.
 
     Args:
         path: a directory of steps (the latest is read), one step, or what `save_params` wrote.
         params: tree of arrays or `ShapeDtypeStruct`s with the wanted shardings; may be a part of what is stored.
-        fresh: path patterns of parameters that keep their value in `params` (arrays then) where the checkpoint has
-            none, such as a projector of another kind.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: parameters are missing or have other shapes.
     """
     place = _resolve(path)
-    stored = _stored(place)
-    nested = "opt_state" in {name.split("/")[0] for name in stored} or "params/llm/embed/table" in stored
-    if nested:
-        stored = {name.removeprefix("params/"): leaf for name, leaf in stored.items() if name.startswith("params/")}
-    wanted = flatten(params)
-    kept = {
-        name: leaf
-        for name, leaf in wanted.items()
-        if name not in stored and any(re.fullmatch(pattern, name) for pattern in fresh)
-    }
-    _check(place, stored, {name: leaf for name, leaf in wanted.items() if name not in kept}, exact=False)
-    # Orbax leaves out what is None, so a part of a tree keeps its structure.
-    part = map_with_path(lambda name, leaf: None if name in kept else leaf, _placed(params))
+    stored, nested = _stored_params(place)
+    _check(place, stored, flatten(params), exact=False)
+    wanted = _placed(params)
     with _partial():
-        found = ocp.load(place, {"params": part} if nested else part, checkpointable_name="state")
-    values = flatten(found["params"] if nested else found)
-    return map_with_path(lambda name, leaf: kept[name] if name in kept else values[name], params)
+        found = ocp.load(place, {"params": wanted} if nested else wanted, checkpointable_name="state")
+    return found["params"] if nested else found
 
 
 def _path(path: str) -> epath.Path:
@@ -180,6 +191,14 @@ def _complete(place: epath.Path) -> bool:
 
 def _stored(place: epath.Path) -> dict[str, Any]:
     return flatten(ocp.metadata(place, checkpointable_name="state").metadata)
+
+
+def _stored_params(place: epath.Path) -> tuple[dict[str, Any], bool]:
+    """What parameters a checkpoint holds, and whether they lie in a training's state."""
+    stored = _stored(place)
+    if "opt_state" not in {name.split("/")[0] for name in stored} and "params/llm/embed/table" not in stored:
+        return stored, False
+    return {name.removeprefix("params/"): leaf for name, leaf in stored.items() if name.startswith("params/")}, True
 
 
 def _check(place: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], *, exact: bool) -> None:
