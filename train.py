@@ -3,34 +3,27 @@
     python train.py --config=configs/quickstart.py --workdir=DIR [--config.stages.base.steps=100 ...]
 
 The same command again goes on where a killed run was. Everything is written to DIR: `config.json`, `environment.json`,
-`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `eval/`, `figures/`.
+`metrics.jsonl`, `tensorboard/`, `checkpoints/`, `eval/`, `figures/`. On several hosts every one runs this command, and
+DIR is on a file system that they share.
 """
 
 import math
-import sys
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from tokzip_jax import environment, recipe, report, sharding
+from tokzip_jax import entry, environment, recipe, report, sharding
 from tokzip_jax.checkpoint import Checkpointer, finished
 from tokzip_jax.config import RunConfig
-from tokzip_jax.config_check import stage_order, validate
+from tokzip_jax.config_check import stage_order
 from tokzip_jax.config_io import from_config_dict
-from tokzip_jax.data import pipeline
-from tokzip_jax.metrics import MetricWriter, Pending, Progress
+from tokzip_jax.data import pipeline, sources
+from tokzip_jax.evals.runner import Runner
+from tokzip_jax.metrics import MetricWriter, Pending, Progress, say
 from tokzip_jax.workdir import Workdir
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one again resumes.")
-flags.mark_flags_as_required(["config", "workdir"])
-
-
-class NotFinite(Exception):
-    """The loss is NaN or infinite."""
 
 
 def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer: MetricWriter) -> None:
@@ -40,15 +33,16 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
         NotFinite: after the metrics are written; the last good checkpoint is kept.
     """
     stage = recipe.prepare(cfg, name, mesh, workdir)
-    steps, hosts = stage.cfg.steps, jax.process_count()
+    steps = stage.cfg.steps
+    share, shares = sharding.data_share(mesh)
     data = pipeline.train_iterator(
         cfg.data,
         workdir.load_tokenizer(cfg.data),
         image_size=cfg.model.vit.image_size,
-        batch_size=stage.cfg.batch_size // hosts,
+        batch_size=stage.cfg.batch_size // shares,
         seed=cfg.seed,
-        process_index=jax.process_index(),
-        process_count=hosts,
+        process_index=share,
+        process_count=shares,
     )
     info = {"stage": name, **environment.versions()}
     with Checkpointer(workdir.checkpoints(name), every=cfg.checkpoint_every, info=info) as saved:
@@ -57,22 +51,20 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
         with Progress(name, done, steps) as progress:
 
             def arrived(number: int, metrics: dict[str, float]) -> None:
-                if number % cfg.log_every == 0 or number == steps or not math.isfinite(metrics["loss"]):
-                    rate = float(stage.schedule(number - 1))
-                    writer.write(name, number, {**metrics, "learning_rate": rate, **progress.rates()})
-                if not math.isfinite(metrics["loss"]):
-                    raise NotFinite(
-                        f"stage {name!r}, step {number}: the loss is {metrics['loss']}; its metrics are in "
-                        f"metrics.jsonl and the last good checkpoint is step {saved.latest}: resume with a lower "
-                        f"learning rate in a new workdir, or look at the data of that step"
-                    )
+                broken = [key for key in ("loss", "grad_norm") if not math.isfinite(metrics[key])]
+                if number % cfg.log_every == 0 or number == steps or broken:
+                    writer.write(name, number, {**metrics, **progress.rates()})
+                if broken:
+                    raise entry.NotFinite(_not_finite(name, number, broken[0], metrics[broken[0]], saved.latest))
                 progress.update(number, metrics)
 
             pending = Pending(arrived)
             for number in range(done, steps):
-                batch = sharding.shard_batch(mesh, next(data))
-                count = jax.device_put(np.int32(recipe.voco_count(stage.cfg, number)))
-                state, metrics = stage.run_step(state, batch, stage.teacher, count)
+                # What moves between host and devices is named here; a transfer by accident would make the host wait.
+                with jax.transfer_guard("disallow"):
+                    batch = sharding.shard_batch(mesh, next(data))
+                    count = sharding.place(mesh, np.int32(recipe.voco_count(stage.cfg, number)))
+                    state, metrics = stage.run_step(state, batch, stage.teacher, count)
                 pending.push(number + 1, metrics)
                 if (number + 1) % cfg.checkpoint_every == 0 or number + 1 == steps:
                     pending.flush()  # nothing is saved before its loss was seen to be finite
@@ -80,38 +72,34 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
         saved.finish(steps)
 
 
+def _not_finite(stage: str, number: int, key: str, value: float, latest: int | None) -> str:
+    kept = "there is no checkpoint yet" if latest is None else f"the last good checkpoint is step {latest}"
+    return (
+        f"stage {stage!r}, step {number}: {key} is {value}; its metrics are in metrics.jsonl and {kept}: start again "
+        "in a new workdir with a lower learning rate, or look at the data of that step"
+    )
+
+
 def run(cfg: RunConfig, workdir: Workdir) -> None:
     """A whole run: every stage, then every row."""
-    validate(cfg)
-    environment.require_platform(cfg.platform)
-    mesh = sharding.make_mesh(cfg.mesh)
-    for name, stage in cfg.stages.items():
-        sharding.check_batch(mesh, stage.batch_size, f"stages.{name}.batch_size")
-    sharding.check_batch(mesh, cfg.eval.batch_size, "eval.batch_size")
-    environment.setup_compile_cache(cfg.compile_cache)
-    pipeline.check(cfg.data)
+    mesh = entry.start(cfg)
+    recipe.check(cfg)
+    sources.load(cfg.data, "train")
     workdir.open(cfg)
     workdir.append_json("environment.json", environment.describe(cfg.seed))
-    print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})", flush=True)
+    say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     with jax.set_mesh(mesh), MetricWriter(workdir.root) as writer:
         for name in stage_order(cfg):
             if finished(workdir.checkpoints(name)) is None:
                 train_stage(cfg, name, mesh, workdir, writer)
         if cfg.rows:
-            print(report.make(cfg, workdir, mesh), flush=True)
-
-
-def main(argv: list[str]) -> None:
-    """The command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    sharding.initialize_distributed()
-    try:
-        run(from_config_dict(CONFIG.value), Workdir(WORKDIR.value))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, NotFinite) as error:
-        logging.debug("traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+            say(report.make(Runner.create(cfg, workdir, mesh)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/.", lock_config=False, accept_new_attributes=True
+    )
+    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one again resumes.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    entry.main(lambda: run(from_config_dict(CONFIG.value), Workdir(WORKDIR.value)))

@@ -176,7 +176,7 @@ class RunConfig:
     """A whole run."""
 
     seed: int = 0
-    platform: str = ""  # "tpu" or "gpu": refuse to run on anything else
+    platform: str = ""  # "cpu", "gpu", "tpu" or "accelerator" (no CPU): refuse to run on anything else; "" = anything
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

@@ -10,7 +10,7 @@ from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RunConfig, 
 from tokzip_jax.projectors import PROJECTORS
 
 DTYPES = ("float32", "bfloat16", "float16")
-PLATFORMS = ("", "cpu", "gpu", "tpu")
+PLATFORMS = ("", "cpu", "gpu", "tpu", "accelerator")
 
 
 def validate(cfg: RunConfig) -> None:
@@ -37,6 +37,11 @@ def validate(cfg: RunConfig) -> None:
             continue
         _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
         check_method(f"rows.{name}.method", row.method, cfg.model)
+        _require(
+            row.method.projector == cfg.stages[row.stage].method.projector,
+            f"rows.{name}.method.projector = {row.method.projector!r} is not what stage {row.stage!r} trains; it must "
+            f"be {cfg.stages[row.stage].method.projector!r}, or rows.{name}.stage another stage",
+        )
         _fits(f"rows.{name}.method", row.method, cfg)
     _eval(cfg)
 

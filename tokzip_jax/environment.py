@@ -80,17 +80,19 @@ def require_platform(wanted: str) -> None:
     """Refuse to run on another kind of device than the config was made for.
 
     Args:
-        wanted: "cpu", "gpu" or "tpu"; "" = any.
+        wanted: "cpu", "gpu" or "tpu"; "accelerator" = anything but a CPU; "" = anything.
 
     Raises:
         ValueError: JAX found something else, e.g. fell back to the CPU.
     """
     found = jax.default_backend()
-    if wanted and wanted != found:
-        raise ValueError(
-            f"platform = {wanted!r}, but JAX found {jax.device_count()} x {jax.devices()[0].device_kind} ({found!r}); "
-            f"install JAX for {wanted} (requirements-*.txt), or give --config.platform= to run on {found} all the same"
-        )
+    if wanted in ("", found) or (wanted == "accelerator" and found != "cpu"):
+        return
+    name = "a TPU or GPU" if wanted == "accelerator" else wanted.upper()
+    raise ValueError(
+        f"platform = {wanted!r}, but JAX found {jax.device_count()} x {jax.devices()[0].device_kind} ({found!r}); "
+        f"install JAX for {name} (requirements-*.txt), or give --config.platform= to run on {found} all the same"
+    )
 
 
 def setup_compile_cache(path: str) -> None:

@@ -15,6 +15,12 @@ import tqdm
 NAME = "metrics.jsonl"
 
 
+def say(text: str) -> None:
+    """Print a line, on process 0 only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def read_metrics(root: str | pathlib.Path) -> list[dict[str, Any]]:
     """The entries of a workdir's `metrics.jsonl`, in file order; a torn last line (a killed run) is left out."""
     path = pathlib.Path(root) / NAME

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from absl import logging
 from jax.sharding import Mesh
 
 from tokzip_jax import checkpoint, optim, sharding, step, vlm
 from tokzip_jax.config import RunConfig, StageConfig
+from tokzip_jax.metrics import say
 from tokzip_jax.paths import flatten
 from tokzip_jax.step import TrainState
 from tokzip_jax.types import Array, Params
@@ -27,11 +26,11 @@ class Stage:
 
     Attributes:
         name, cfg: which.
-        run_step: jitted (state, batch, teacher, VoCo count) -> (state, metrics); the state is donated.
+        run_step: jitted (state, batch, teacher, VoCo count) -> (state, metrics, among them "learning_rate"); the state
+            is donated.
         abstract: the state's shapes and shardings, for restoring.
         begin: makes the state of step 0.
         teacher: frozen parameters for the KL term, or None.
-        schedule: learning rate of a step.
     """
 
     name: str
@@ -40,7 +39,31 @@ class Stage:
     abstract: TrainState
     begin: Callable[[], TrainState]
     teacher: Params | None
-    schedule: optax.Schedule
+
+
+def shapes(cfg: RunConfig, projector: str) -> Params:
+    """The parameters of the model with one kind of projector, as `ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda key: vlm.init(cfg.model, projector, key), jax.random.key(0))
+
+
+def check(cfg: RunConfig) -> None:
+    """What can be known about all stages before the first one starts: their patterns, and checkpoints from elsewhere.
+
+    Raises:
+        ValueError: a train pattern without a parameter, or a checkpoint of another model to start from.
+        FileNotFoundError: no checkpoint to start from.
+    """
+    for name, stage in cfg.stages.items():
+        abstract = shapes(cfg, stage.method.projector)
+        try:
+            optim.make_optimizer(stage.optim, stage.steps, abstract, stage.train)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.train: {error}") from None
+        if stage.init_from and stage.init_from not in cfg.stages:
+            try:
+                checkpoint.absent(stage.init_from, abstract, FRESH)
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"stages.{name}.init_from: {error}") from None
 
 
 def _source(workdir: Workdir, cfg: RunConfig, origin: str) -> str:
@@ -48,22 +71,28 @@ def _source(workdir: Workdir, cfg: RunConfig, origin: str) -> str:
 
 
 def _initial_params(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Workdir, key: Array) -> Params:
-    fresh = sharding.sharded_init(lambda key: vlm.init(cfg.model, stage.method.projector, key), mesh, key)
+    def init(key: Array) -> Params:
+        return vlm.init(cfg.model, stage.method.projector, key)
+
     if not stage.init_from:
-        return fresh
-    params = checkpoint.load_params(_source(workdir, cfg, stage.init_from), fresh, fresh=FRESH)
-    new = sorted(path for path, leaf in flatten(params).items() if leaf is flatten(fresh)[path])
-    if new:
-        logging.info("not in %s and made fresh: %s", stage.init_from, ", ".join(new))
-    return params
+        return sharding.sharded_init(init, mesh, key)
+    source = _source(workdir, cfg, stage.init_from)
+    abstract = sharding.abstract_like(mesh, jax.eval_shape(init, key))
+    new = checkpoint.absent(source, abstract, FRESH)
+    if not new:
+        return checkpoint.load_params(source, abstract)
+    # Only what the checkpoint lacks is made: a second whole model might not fit.
+    say(f"not in {stage.init_from} and made fresh: {', '.join(new)}")
+    drawn = sharding.sharded_init(lambda key: step.nest({p: flatten(init(key))[p] for p in new}), mesh, key)
+    found = checkpoint.load_params(source, step.nest({p: v for p, v in flatten(abstract).items() if p not in new}))
+    return step.merge(found, drawn)
 
 
 def _teacher(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Workdir) -> Params | None:
     if stage.loss.kl == 0:
         return None
     projector = cfg.stages[stage.init_from].method.projector if stage.init_from in cfg.stages else "mlp2x_gelu"
-    abstract = jax.eval_shape(lambda key: vlm.init(cfg.model, projector, key), jax.random.key(0))
-    params = sharding.abstract_like(mesh, abstract)
+    params = sharding.abstract_like(mesh, shapes(cfg, projector))
     return checkpoint.load_params(_source(workdir, cfg, stage.init_from), params)
 
 
@@ -77,14 +106,14 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
     # One key a stage, whatever the order in which stages run.
     key = jax.random.fold_in(jax.random.key(cfg.seed), sum(map(ord, name)))
     init_key, step_key = jax.random.split(key)
-    shapes = jax.eval_shape(lambda key: vlm.init(cfg.model, stage.method.projector, key), init_key)
-    tx, schedule = optim.make_optimizer(stage.optim, stage.steps, shapes, stage.train)
+    params = shapes(cfg, stage.method.projector)
+    tx, schedule = optim.make_optimizer(stage.optim, stage.steps, params, stage.train)
 
     def state(params: Params) -> TrainState:
         trained, _ = step.partition(params, stage.train)
         return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trained))
 
-    abstract = sharding.abstract_like(mesh, jax.eval_shape(state, shapes))
+    abstract = sharding.abstract_like(mesh, jax.eval_shape(state, params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def begin() -> TrainState:
@@ -92,7 +121,7 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         return jax.jit(state, out_shardings=shardings, donate_argnums=0)(params)
 
     def run_step(current: TrainState, batch: dict[str, Array], teacher: Params | None, voco_count: Array) -> Any:
-        return step.train_step(
+        following, metrics = step.train_step(
             cfg.model,
             stage,
             tx,
@@ -103,9 +132,11 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
             key=step_key,
             max_targets=cfg.data.targets or cfg.data.text_length,
         )
+        # Computed here, so that the loop on the host touches no device for it.
+        return following, {**metrics, "learning_rate": schedule(current.step)}
 
     jitted = jax.jit(run_step, donate_argnums=0, out_shardings=(shardings, None))
-    return Stage(name, stage, jitted, abstract, begin, _teacher(cfg, stage, mesh, workdir), schedule)
+    return Stage(name, stage, jitted, abstract, begin, _teacher(cfg, stage, mesh, workdir))
 
 
 def voco_count(stage: StageConfig, number: int) -> int:

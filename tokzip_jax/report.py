@@ -1,17 +1,17 @@
 """What a run shows: the table of its rows and the two figures."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from tokzip_jax import plots, vlm
-from tokzip_jax.config import MethodConfig, ModelConfig, RunConfig
+from tokzip_jax import plots, sharding, vlm
+from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.evals import table
-from tokzip_jax.evals.runner import Runner, load_stage
+from tokzip_jax.evals.runner import MODEL_INPUTS, Runner
 from tokzip_jax.types import Array, Params, VisualTokens
-from tokzip_jax.workdir import Workdir
 
 SELECTING = ("visionzip", "random", "uniform")  # encoder sites whose choice of patches can be drawn
 CAPTION = (
@@ -22,27 +22,36 @@ CAPTION = (
 )
 
 
-def make(cfg: RunConfig, workdir: Workdir, mesh: Mesh) -> str:
-    """Measure the rows that are not measured yet, write `eval/` and `figures/`, and return the table as text."""
-    runner = Runner.create(cfg, workdir, mesh)
-    rows = runner.run()
-    if jax.process_count() == 1:
-        draw(cfg, workdir, mesh, runner, rows)
+def make(runner: Runner, names: Sequence[str] = (), *, again: bool = False) -> str:
+    """Measure rows and return their table as text.
+
+    Args:
+        runner: of the run; call this with its mesh set.
+        names: which rows; () = all, which also writes `eval/` and `figures/`.
+        again: also measure the rows whose result the workdir holds.
+    """
+    cfg, workdir = runner.cfg, runner.workdir
+    rows = runner.run(names, again=again)
     caption = CAPTION.format(upper=cfg.eval.upper, lower=cfg.eval.lower, tokens=runner.question_tokens)
-    return f"{table.text_table(rows)}\n\n{caption}\nwritten to {workdir.eval} and {workdir.figures}"
+    text = f"{table.text_table(rows)}\n\n{caption}"
+    if names:
+        return text
+    draw(runner, rows)
+    return f"{text}\nwritten to {workdir.eval} and {workdir.figures}"
 
 
-def draw(cfg: RunConfig, workdir: Workdir, mesh: Mesh, runner: Runner, rows: list[table.RowResult]) -> None:
-    """`figures/retention.png` and `figures/kept_tokens.png`."""
-    bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
-    plots.retention_figure(rows, workdir.figures / "retention.png", lines=bounds)
-    if not cfg.eval.pictures:
+def draw(runner: Runner, rows: list[table.RowResult]) -> None:
+    """`figures/retention.png` and `figures/kept_tokens.png`; every process takes part, process 0 writes."""
+    cfg, figures = runner.cfg, runner.workdir.figures
+    batch = _first_pictures(runner, cfg.eval.pictures) if cfg.eval.pictures else {}
+    columns = _columns(runner, batch) if batch else []
+    if jax.process_index() != 0:
         return
-    batch = _first_pictures(runner, cfg.eval.pictures)
-    columns = _columns(cfg, workdir, mesh, batch)
+    bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
+    plots.retention_figure(rows, figures / "retention.png", lines=bounds)
     if columns:
         panels = [[column(row) for column in columns] for row in range(len(batch["images"]))]
-        plots.kept_tokens_figure(np.asarray(batch["images"][:, 0]), panels, workdir.figures / "kept_tokens.png")
+        plots.kept_tokens_figure(batch["images"][:, 0], panels, figures / "kept_tokens.png")
 
 
 def _first_pictures(runner: Runner, count: int) -> dict[str, np.ndarray]:
@@ -58,29 +67,33 @@ def _first_pictures(runner: Runner, count: int) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+# Replicated results can be read in every process.
+@functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=P())
 def _encode(cfg: ModelConfig, params: Params, images: Array, method: MethodConfig) -> VisualTokens:
     return vlm.encode(cfg, params, images, method, jax.random.key(method.seed))[0]
 
 
-def _columns(cfg: RunConfig, workdir: Workdir, mesh: Mesh, batch: dict[str, np.ndarray]) -> list:
+@functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=P())
+def _looks(cfg: ModelConfig, params: Params, batch: dict[str, Array], method: MethodConfig) -> Array:
+    return vlm.voco_attention(cfg, params, batch, method)
+
+
+def _columns(runner: Runner, batch: dict[str, np.ndarray]) -> list:
     """Functions row -> panel: a column for every selecting row, and one for the row with the most VoCo tokens."""
+    cfg = runner.cfg
+    inputs = sharding.place(runner.mesh, {name: batch[name] for name in MODEL_INPUTS})
     names = [*cfg.eval.order, *(name for name in cfg.rows if name not in cfg.eval.order)]
     columns = []
     for name in names:
         row = cfg.rows[name]
-        if row.method.encoder in SELECTING:
-            params = load_stage(cfg, workdir, mesh, row.stage)
-            tokens = jax.device_get(_encode(cfg.model, params, batch["images"], row.method))
+        if row.stage and row.method.encoder in SELECTING:
+            tokens = jax.device_get(_encode(cfg.model, runner.load(row), inputs["images"], row.method))
             columns.append(functools.partial(plots.kept_panel, name, tokens))
     looking = [n for n in names if cfg.rows[n].method.voco and cfg.rows[n].method.voco_mask != "visible"]
     looking = [n for n in looking if n != cfg.eval.lower and cfg.rows[n].method.encoder == "none"]
     if looking:
         name = max(looking, key=lambda n: cfg.rows[n].method.voco)
         row = cfg.rows[name]
-        params = load_stage(cfg, workdir, mesh, row.stage)
-        inputs = {n: batch[n] for n in ("images", "ids", "thread", "sample", "supervised")}
-        looks = jax.jit(functools.partial(vlm.voco_attention, cfg.model, method=row.method))(params, inputs)
-        looks_LBkP = np.asarray(looks)
+        looks_LBkP = np.asarray(_looks(cfg.model, runner.load(row), inputs, row.method))
         columns.append(lambda row: plots.LooksPanel(f"{name}: where each token looks", looks_LBkP[:, row]))
     return columns

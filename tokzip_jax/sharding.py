@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -182,20 +183,57 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(*fit))
 
 
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of every batch this process reads, and how many shares there are.
+
+    Processes whose devices stand at the same places of the data axis (the model axis runs across them) need the same
+    rows, so they are given the same share.
+
+    Raises:
+        ValueError: the mesh cuts processes into unequal shares.
+    """
+    places: dict[int, list[int]] = {}
+    for place, devices in enumerate(mesh.devices.reshape(mesh.shape["data"], -1)):
+        for process in {device.process_index for device in devices}:
+            places.setdefault(process, []).append(place)
+    shares = sorted(set(map(tuple, places.values())))
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != mesh.shape["data"]:
+        raise ValueError(
+            f"mesh.data = {mesh.shape['data']} cannot be dealt out to {len(places)} processes in equal shares; choose "
+            "mesh.data and mesh.model so that one of them is a multiple or a divisor of the devices of a process"
+        )
+    return shares.index(tuple(places[jax.process_index()])), len(shares)
+
+
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, Array]:
-    """This process's rows of a batch as global arrays, split over the data axis.
+    """This process's share of a batch as global arrays, split over the data axis.
 
     Args:
         mesh: the mesh.
-        batch: arrays [rows of this process, ...].
+        batch: arrays [rows of this process, ...], see `data_share`.
 
     Raises:
-        ValueError: the rows of all processes do not divide by the data axis.
+        ValueError: the rows of all shares do not divide by the data axis.
     """
+    _, shares = data_share(mesh)
+    where, arrays = NamedSharding(mesh, P("data")), {}
     for name, rows in batch.items():
-        check_batch(mesh, rows.shape[0] * jax.process_count(), f"batch[{name!r}]")
-    where = NamedSharding(mesh, P("data"))
-    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+        total = rows.shape[0] * shares
+        check_batch(mesh, total, f"batch[{name!r}]")
+        arrays[name] = jax.make_array_from_process_local_data(where, rows, (total, *rows.shape[1:]))
+    return arrays
+
+
+def place(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
+    """Host arrays that are the same in every process as global arrays, split over `axes` (none: replicated)."""
+    where = NamedSharding(mesh, P(*axes))
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(where, leaf, leaf.shape), tree)
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process has come here, e.g. to a file that one of them writes; `name` says what for."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def sharded_init(init: Callable[[Array], Any], mesh: Mesh, key: Array) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
-from tokzip_jax import config_check, config_io
+from tokzip_jax import config_check, config_io, sharding
 from tokzip_jax.config import DataConfig, RunConfig
 from tokzip_jax.data import sources
 from tokzip_jax.data import tokenizer as tokenizers
@@ -58,8 +58,12 @@ class Workdir:
         """The directory of a stage's checkpoints."""
         return str(self.root / "checkpoints" / stage)
 
-    def open(self, cfg: RunConfig) -> None:
+    def open(self, cfg: RunConfig, *, free: tuple[str, ...] = FREE) -> None:
         """Begin or resume: write `config.json`, or compare with the one that is there.
+
+        Args:
+            cfg: of the run.
+            free: keys that may differ.
 
         Raises:
             ValueError: the workdir belongs to a run with another config.
@@ -68,7 +72,7 @@ class Workdir:
             changed = [
                 line
                 for line in config_io.difference(self.read_config(), cfg)
-                if not line.startswith(tuple(f"{name}:" for name in FREE))
+                if not line.startswith(tuple(f"{name}:" for name in free))
             ]
             if changed:
                 more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -76,8 +80,10 @@ class Workdir:
                     f"{self.root} belongs to a run with another config ({'; '.join(changed[:3])}{more}): "
                     "give the config it was started with, or another --workdir"
                 )
-        elif jax.process_index() == 0:
-            write_atomically(self.config, config_io.to_json(cfg))
+        else:
+            sharding.wait_for_all("every process has seen that the workdir is new")
+            if jax.process_index() == 0:
+                write_atomically(self.config, config_io.to_json(cfg))
 
     def read_config(self) -> RunConfig:
         """The config of the run.
@@ -95,14 +101,16 @@ class Workdir:
         """The tokenizer the config names, or the one of this run, trained here the first time."""
         if cfg.tokenizer:
             return tokenizers.load(cfg.tokenizer)
-        if not self.tokenizer.exists():
-            self.root.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0 and not self.tokenizer.exists():
             trained = tokenizers.train(sources.texts(sources.load(cfg, "train")), cfg.vocab_size)
             write_atomically(self.tokenizer, trained.to_str())
+        sharding.wait_for_all("the tokenizer is written")
         return tokenizers.load(str(self.tokenizer))
 
     def append_json(self, name: str, entry: dict[str, Any]) -> None:
-        """Add an entry to a JSON list, made where it is missing."""
+        """Add an entry to a JSON list, made where it is missing; process 0 only."""
+        if jax.process_index() != 0:
+            return
         path = self.root / name
         entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         write_atomically(path, json.dumps([*entries, entry], indent=2) + "\n")

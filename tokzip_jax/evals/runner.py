@@ -3,38 +3,25 @@
 import dataclasses
 import functools
 import json
-import pathlib
-from collections.abc import Callable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tokzip_jax import checkpoint, config_io, flops, sharding, step, vlm
+from tokzip_jax import config_io, flops, recipe, sharding, step
+from tokzip_jax.checkpoint import absent, finished, load_params
 from tokzip_jax.config import MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.data import pipeline, sources
 from tokzip_jax.evals import scoring, table
+from tokzip_jax.metrics import say
+from tokzip_jax.paths import flatten
 from tokzip_jax.types import Array, Params
 from tokzip_jax.workdir import Workdir, write_atomically
 
 MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised")
-
-
-def load_stage(cfg: RunConfig, workdir: Workdir, mesh: Mesh, stage: str) -> Params:
-    """The parameters that a stage ended with.
-
-    Raises:
-        FileNotFoundError: the stage was not trained to its end.
-    """
-    directory = workdir.checkpoints(stage)
-    if checkpoint.finished(directory) is None:
-        raise FileNotFoundError(f"stage {stage!r} has no finished checkpoint in {directory}: run train.py to its end")
-    projector = cfg.stages[stage].method.projector
-    abstract = jax.eval_shape(lambda key: vlm.init(cfg.model, projector, key), jax.random.key(0))
-    return checkpoint.load_params(directory, sharding.abstract_like(mesh, abstract))
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,6 +53,7 @@ class Runner:
         cfg, workdir, mesh: of the run.
         tokenizer: of the run.
         examples: of the split that is measured, without pictures.
+        checkpoint: parameters to measure instead of the stages' own; "" = the stages'.
     """
 
     cfg: RunConfig
@@ -73,20 +61,39 @@ class Runner:
     mesh: Mesh
     tokenizer: object
     examples: list[dict]
+    checkpoint: str = ""
 
     @classmethod
-    def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh) -> "Runner":
+    def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh, checkpoint: str = "") -> "Runner":
         """Open the split that the config names."""
         source = sources.load(cfg.data, cfg.eval.split)
         count = min(len(source), cfg.eval.limit or len(source))
         examples = [source.text(i) for i in range(count)]
-        return cls(cfg, workdir, mesh, workdir.load_tokenizer(cfg.data), examples)
+        return cls(cfg, workdir, mesh, workdir.load_tokenizer(cfg.data), examples, checkpoint)
 
     @functools.cached_property
     def question_tokens(self) -> int:
         """The mean length of a question, rounded: the text length behind the table's FLOPs."""
         texts = [question for example in self.examples for question in example["questions"]]
         return round(np.mean([len(line.ids) for line in self.tokenizer.encode_batch(texts)]))
+
+    def load(self, row: RowConfig) -> Params:
+        """The parameters that a row is about.
+
+        Raises:
+            FileNotFoundError: its stage was not trained to its end, or there is no such checkpoint.
+            ValueError: the checkpoint is of another model.
+        """
+        directory = self.checkpoint or self.workdir.checkpoints(row.stage)
+        if not self.checkpoint and finished(directory) is None:
+            raise FileNotFoundError(
+                f"stage {row.stage!r} has no finished checkpoint in {directory}: run train.py to its end"
+            )
+        abstract = flatten(recipe.shapes(self.cfg, row.method.projector))
+        # Parameters from elsewhere may know no VoCo tokens; scoring never reads the contrastive head.
+        lacking = absent(directory, abstract, ("voco/.*", "contrast/.*")) if self.checkpoint else []
+        wanted = step.nest({path: leaf for path, leaf in abstract.items() if path not in lacking})
+        return load_params(directory, sharding.abstract_like(self.mesh, wanted))
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """The eval rows."""
@@ -102,15 +109,15 @@ class Runner:
 
     def score(self, params: Params, method: MethodConfig, seed: int) -> scoring.Score:
         """Accuracy of one method with one set of parameters on the whole split."""
-        slots = max([method.voco, *(s.method.voco for s in self.cfg.stages.values())])
+        slots = max([method.voco, *(s.method.voco for s in self.cfg.stages.values() if "voco" in params)])
         # What can be an argument is one, so that rows which differ in mask, VoCo count or seed share a program.
         static = dataclasses.replace(method, voco=slots, voco_mask="visible", seed=0)
-        visible, count = step.mask_table(method), jnp.int32(method.voco)
+        visible, count = step.mask_table(method), np.int32(method.voco)
         key = jax.random.key(seed)
         tally = scoring.Tally()
         for batch in self.batches():
             # Every host holds the same rows; each device takes its part.
-            inputs = jax.device_put({n: batch[n] for n in MODEL_INPUTS}, NamedSharding(self.mesh, P("data")))
+            inputs = sharding.place(self.mesh, {name: batch[name] for name in MODEL_INPUTS}, "data")
             max_targets = batch["supervised"].shape[1]
             run = _scorer(self.cfg.model, static, batch["question"].shape[1], max_targets, self.mesh)
             right = np.asarray(run(params, inputs, visible, count, key))
@@ -130,35 +137,54 @@ class Runner:
         """One row of the table, without its ratios to the bounds."""
         if not row.stage:
             return _result(name, None, self.prior())
-        params = load_stage(self.cfg, self.workdir, self.mesh, row.stage)
+        params = self.load(row)
         costs = flops.ledger(self.cfg.model, row.method, text_tokens=self.question_tokens)
         seeds = range(row.method.seed, row.method.seed + row.seeds)
         results = [_result(name, costs, self.score(params, row.method, seed)) for seed in seeds]
         return table.mean_over_seeds(results)
 
-    def cached(self, name: str, row: RowConfig) -> table.RowResult:
-        """`measure`, unless the workdir holds the row already."""
-        path = self.workdir.eval / "rows" / f"{name}.json"
+    def cached(self, name: str, *, again: bool = False) -> table.RowResult:
+        """`measure` a row of the config, unless the workdir holds its result already; `again` measures it anyway."""
+        row = self.cfg.rows[name]
+        # A name may hold what a file name cannot.
+        path = self.workdir.eval / "rows" / f"{urllib.parse.quote(name, safe=' ')}.json"
         origin = {"row": json.loads(config_io.to_json(row)), "eval": json.loads(config_io.to_json(self.cfg.eval))}
         for free in ("order", "pictures", "batch_size"):
             origin["eval"].pop(free)
-        if path.exists():
+        origin["checkpoint"] = self.checkpoint
+        if path.exists() and not again:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["origin"] == origin:
                 return table.RowResult(**kept["result"])
         result = self.measure(name, row)
-        logging.info("%s: accuracy %.4f", name, result.accuracy)
-        write_atomically(path, json.dumps({"origin": origin, "result": dataclasses.asdict(result)}, indent=2))
+        say(f"{name}: accuracy {result.accuracy:.4f}")
+        # Every process has taken part in measuring the row, so none of them is still looking for the file.
+        if jax.process_index() == 0:
+            write_atomically(path, json.dumps({"origin": origin, "result": dataclasses.asdict(result)}, indent=2))
         return result
 
-    def run(self) -> list[table.RowResult]:
-        """All rows, in the table's order, with their ratios; also written to the workdir."""
+    def run(self, names: Sequence[str] = (), *, again: bool = False) -> list[table.RowResult]:
+        """Rows in the table's order, with their ratios to the bounds.
+
+        Args:
+            names: which ones; () = all, which also writes the table to the workdir. The two bounds are measured too.
+            again: also measure the rows whose result the workdir holds.
+
+        Raises:
+            ValueError: a name that is no row.
+        """
         cfg = self.cfg
-        names = [*cfg.eval.order, *(name for name in cfg.rows if name not in cfg.eval.order)]
-        rows = [self.cached(name, cfg.rows[name]) for name in names]
+        order = [*cfg.eval.order, *(name for name in cfg.rows if name not in cfg.eval.order)]
+        for name in names:
+            if name not in order:
+                raise ValueError(f"there is no row {name!r}; choose of {', '.join(map(repr, order))}")
+        bounds = {cfg.eval.upper, cfg.eval.lower}
+        rows = [self.cached(name, again=again) for name in order if not names or name in bounds.union(names)]
         rows = table.with_bounds(rows, upper=cfg.eval.upper, lower=cfg.eval.lower)
+        if names:
+            return [row for row in rows if row.method in names]
         if jax.process_index() == 0:
-            table.write(rows, pathlib.Path(self.workdir.eval))
+            table.write(rows, self.workdir.eval)
         return rows
 
 
