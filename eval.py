@@ -1,0 +1,78 @@
+"""Measure a run's table, or the table of converted parameters.
+
+    python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
+    python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
+
+The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
+not measured again unless `--remeasure` is given. The second one measures every row with the parameters at PATH in the
+place of its stage's; DIR need not exist. `--config` may be given in the first form too, e.g. to run where the config's
+platform is not (`--config.platform=`) or on another mesh.
+"""
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from tokzip_jax import entry, report
+from tokzip_jax.config import RunConfig
+from tokzip_jax.config_io import from_config_dict
+from tokzip_jax.evals.runner import Runner
+from tokzip_jax.metrics import say
+from tokzip_jax.workdir import FREE, Workdir
+
+
+def run(
+    workdir: Workdir,
+    cfg: RunConfig | None = None,
+    *,
+    checkpoint: str = "",
+    rows: tuple[str, ...] = (),
+    again: bool = False,
+) -> str:
+    """The table as text.
+
+    Args:
+        workdir: of a run, or where the results of a checkpoint go.
+        cfg: its config; None = the one that the workdir holds.
+        checkpoint: parameters to measure in the place of the stages' own.
+        rows: which rows; () = all, which also writes table and figures.
+        again: also measure the rows whose result the workdir holds.
+
+    Raises:
+        ValueError: a checkpoint without a config, a config without rows, or what `entry.start` and the rows raise.
+        FileNotFoundError: no run, or no checkpoint.
+    """
+    if checkpoint and cfg is None:
+        raise ValueError("--checkpoint needs --config, the model and the rows to measure it with")
+    if cfg is None:
+        cfg = workdir.read_config()
+    mesh = entry.start(cfg)
+    if not cfg.rows:
+        raise ValueError("the config has no rows to measure: add some to its rows")
+    if checkpoint or workdir.config.exists():
+        workdir.open(cfg, free=(*FREE, "mesh.data", "mesh.model"))
+    else:
+        workdir.read_config()  # says that there is no run
+    with jax.set_mesh(mesh):
+        return report.make(Runner.create(cfg, workdir, mesh, checkpoint), rows, again=again)
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/.", lock_config=False, accept_new_attributes=True
+    )
+    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run, or where the results of a checkpoint go.")
+    CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Measure these parameters in the place of the stages' own.")
+    ROWS = flags.DEFINE_list("rows", [], "Rows to measure and print; the table in the workdir stays as it is.")
+    REMEASURE = flags.DEFINE_bool("remeasure", False, "Measure also what the workdir holds already.")
+    flags.mark_flag_as_required("workdir")
+
+    def main() -> None:
+        """Flags to arguments."""
+        cfg = None if CONFIG.value is None else from_config_dict(CONFIG.value)
+        text = run(
+            Workdir(WORKDIR.value), cfg, checkpoint=CHECKPOINT.value, rows=tuple(ROWS.value), again=REMEASURE.value
+        )
+        say(text)
+
+    entry.main(main)
