@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokzip_jax import llm, vlm
+from tokzip_jax import llm, stack, vlm
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.paths import map_with_path
 from tokzip_jax.types import IMAGE_ID, VOCO_ID
@@ -71,8 +71,8 @@ def batch(rows, length, *, left=False, count=1, seed=0):
     return {**out, "images": images(len(rows), count, seed)}
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def forward(params, batch, table, cfg=MODEL, method=METHOD, voco_count=8):
+@functools.partial(jax.jit, static_argnames=("cfg", "method"))
+def forward(params, batch, table, voco_count, *, cfg=MODEL, method=METHOD):
     """(logits of every slot, layout); the table and the VoCo count are arguments of one program."""
     out = vlm.forward(cfg, params, batch, method, table=table, voco_count=voco_count)
     return llm.logits(cfg, params["llm"], out.hidden_BTD), out.layout
@@ -91,6 +91,15 @@ def close(found, expected, atol=2e-5):
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=atol, rtol=1e-5)
 
 
-def count(value):
-    """An int32 scalar, so that a VoCo count is an argument and no constant."""
-    return jnp.int32(value)
+@functools.partial(jax.jit, static_argnames=("cfg", "method", "max_new", "temperature"))
+def answer(params, batch, table, voco_count, eos_id, *, cfg=MODEL, method=METHOD, max_new=5, temperature=0.0, key=None):
+    """One-pass prefill and decode: (tokens [B, max_new], how many [B])."""
+    prompt = vlm.prefill(cfg, params, batch, method, max_new=max_new, table=table, voco_count=voco_count)
+    return continued(params, prompt, table, eos_id, cfg, max_new, temperature, key)
+
+
+def continued(params, prompt, table, eos_id, cfg=MODEL, max_new=5, temperature=0.0, key=None):
+    """Decode behind a prompt."""
+    blocks = stack.unstack(params["llm"]["layers"])
+    options = {"max_new": max_new, "eos_id": eos_id, "table": table, "temperature": temperature, "key": key}
+    return vlm.decode(cfg, params, blocks, prompt, **options)
