@@ -141,9 +141,7 @@ def test_table_7_needs_three_text_lengths():
     for setting, length in zip(flops.VOCO_TABLE_7, lengths):
         assert setting.flops(llm, length) == pytest.approx(setting.printed, rel=1e-4)
     assert [round(length) for length in lengths] == [154, 90, 39]
-    text = flops.voco_table_7(llm, text_tokens=64)
-    assert "No single text length gives all three printed figures: they would need 154, 90, 39 text tokens." in text
-    for figure in ("8.40 T", "0.85 T", "0.83 T", "9.6 T", "1.2 T", "0.5 T", "0.524 MB"):
-        assert figure in text
+    at_64 = [setting.flops(llm, 64) / 1e12 for setting in flops.VOCO_TABLE_7]
+    assert at_64 == pytest.approx([8.40, 0.85, 0.83], abs=0.005)
     # A model whose picture alone costs more than the printed figure has no such length.
     assert flops.VOCO_TABLE_7[0].text_tokens(dataclasses.replace(llm, layers=64)) is None

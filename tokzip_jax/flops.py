@@ -178,29 +178,10 @@ class CacheSetting:
         return (low + high) / 2
 
 
+# The paper does not say how long its question was. No single length gives all three printed figures: they would need
+# 154, 90 and 39 text tokens. `python -m tokzip_jax.bench table7` shows them beside ours at one length.
 VOCO_TABLE_7 = (
     CacheSetting("no cache", 576, 0, 9.6e12),
     CacheSetting("full vision cache", 0, 576, 1.2e12),
     CacheSetting("one VoCo token", 0, 1, 0.5e12),
 )
-
-
-def voco_table_7(llm: LlmConfig, *, text_tokens: int, dtype: str = "bfloat16") -> str:
-    """VoCo-LLaMA's table 7 beside our count at one text length, as text.
-
-    The paper does not state its text length. The last column is the length that each printed figure would need; as
-    these differ, the sentence below the table says so.
-    """
-    per_token = kv_bytes_per_token(llm, dtype)
-    rows = [("in the cache", "cache", f"ours, {text_tokens} text tokens", "printed", "would need")]
-    needed = []
-    for setting in VOCO_TABLE_7:
-        length = setting.text_tokens(llm)
-        needed.append("none" if length is None else f"{length:.0f}")
-        cache, ours = setting.past * per_token / 1e6, setting.flops(llm, text_tokens) / 1e12
-        printed = f"{setting.printed / 1e12:.1f} T"
-        rows.append((setting.name, f"{cache:.3f} MB", f"{ours:.2f} T", printed, f"{needed[-1]} text tokens"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    sentence = "No single text length gives all three printed figures: they would need"
-    return "\n".join([*lines, f"{sentence} {', '.join(needed)} text tokens."])
