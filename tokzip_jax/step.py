@@ -78,15 +78,21 @@ def loss_terms(
     key: Array,
     max_targets: int,
 ) -> dict[str, Array]:
-    """Every term of a stage's loss on one batch: sums over tokens ("ce", "kl", "correct", "count"), means ("contrast")."""
+    """Every term of a stage's loss on one batch: sums over tokens ("ce", "kl", "correct", "count"), means ("contrast").
+
+    What no term needs is not run: a stage with the contrastive term alone stops behind the vision tower.
+    """
     wanted = stage.loss
-    out = vlm.forward(
-        cfg, params, batch, stage.method, voco_count=voco_count, key=key, summary=wanted.contrast > 0
-    )
+    contrastive = wanted.contrast > 0
+    if wanted.ce == 0 and wanted.kl == 0:
+        _, summary = vlm.encode(cfg, params, batch["images"], stage.method, key, summary=True)
+        return {"contrast": contrast_term(params, batch, summary)}
+    out = vlm.forward(cfg, params, batch, stage.method, voco_count=voco_count, key=key, summary=contrastive)
     read, label, valid = losses.targets(out.layout, max_targets)
     frozen = None
     if wanted.kl > 0:
-        plain = dataclasses.replace(stage.method, voco_mask="visible", encoder="none", projector="mlp2x_gelu")
+        (projector,) = teacher["projector"]
+        plain = dataclasses.replace(stage.method, voco_mask="visible", encoder="none", projector=projector)
         # Same slots, VoCo ones turned into padding: the uncompressed model, as if no VoCo token stood there.
         whole = vlm.forward(cfg, teacher, batch, plain, voco_count=0, key=key)
         seen, _, _ = losses.targets(whole.layout, max_targets)
@@ -100,24 +106,28 @@ def loss_terms(
         temperature=wanted.temperature,
         chunk=wanted.chunk,
     )
-    if wanted.contrast > 0:
-        images = batch["images"].shape[1]
-        summary = out.summary_BD.reshape(-1, images, out.summary_BD.shape[-1])[:, 0]
-        same = jnp.all(batch["captions"][:, None] == batch["captions"][None], axis=-1)
-        contrast = params["contrast"]
-        terms["contrast"] = losses.contrastive(
-            summary @ contrast["image"]["w"],
-            caption_embedding(params, batch["captions"]),
-            same,
-            contrast["scale"],
-            contrast["bias"],
-        )
-    return terms
+    return terms | ({"contrast": contrast_term(params, batch, out.summary_BD)} if contrastive else {})
+
+
+def contrast_term(params: Params, batch: dict[str, Array], summary_BD: Array) -> Array:
+    """The contrastive loss between the CLS summary [B*I, D] of each row's first picture and its caption."""
+    rows, images = batch["images"].shape[:2]
+    first_BD = summary_BD.reshape(rows, images, -1)[:, 0]
+    contrast, captions = params["contrast"], batch["captions"]
+    return losses.contrastive(
+        first_BD @ contrast["image"]["w"],
+        caption_embedding(params, captions),
+        jnp.all(captions[:, None] == captions[None], axis=-1),
+        contrast["scale"],
+        contrast["bias"],
+    )
 
 
 def total_loss(stage: StageConfig, terms: dict[str, Array], count: Array, parts: int) -> Array:
     """The weighted sum: token terms over the supervised positions of the whole step, the contrastive one over parts."""
-    loss = stage.loss.ce * terms["ce"] / count
+    loss = jnp.zeros((), jnp.float32)
+    if "ce" in terms:
+        loss += stage.loss.ce * terms["ce"] / count
     if "kl" in terms:
         loss += stage.loss.kl * terms["kl"] / count
     if "contrast" in terms:
@@ -172,8 +182,10 @@ def gradients(
             return jax.tree.map(jnp.add, sums, grad(trained, part)), None
 
         (grads, metrics), _ = jax.lax.scan(add, zeros, cut)
-    means = {"loss": metrics["loss"], "accuracy": metrics["correct"] / count, "tokens": count}
+    means = {"loss": metrics["loss"], "tokens": count}
     means |= {n: metrics[n] / count for n in ("ce", "kl") if n in metrics}
+    if "correct" in metrics:
+        means["accuracy"] = metrics["correct"] / count
     if "contrast" in metrics:
         means["contrast"] = metrics["contrast"] / parts
     return grads, means
@@ -203,7 +215,8 @@ def train_step(
         max_targets: the most supervised positions of a row.
 
     Returns:
-        The next state, and float32 metrics "loss", "ce", "kl", "contrast", "accuracy", "tokens", "grad_norm".
+        The next state, and float32 metrics "loss", "grad_norm", "tokens" (supervised ones), and of the terms that are on "ce", "kl",
+        "contrast", "accuracy".
     """
     grads, metrics = gradients(
         cfg,
