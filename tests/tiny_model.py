@@ -35,7 +35,8 @@ def params(seed=0):
         return sharp * rng.normal(size=leaf.shape) * (MODEL.llm.width**-0.5 if path.endswith("/w") else 0.5)
 
     shapes = jax.eval_shape(functools.partial(vlm.init, MODEL, "mlp2x_gelu"), jax.random.key(0))
-    return map_with_path(lambda path, leaf: jnp.asarray(draw(path, leaf), leaf.dtype), shapes)
+    with jax.ensure_compile_time_eval():  # whoever asks first may be under jit
+        return map_with_path(lambda path, leaf: jnp.asarray(draw(path, leaf), leaf.dtype), shapes)
 
 
 def images(rows, count=1, seed=0):
