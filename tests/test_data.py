@@ -279,3 +279,12 @@ def test_other_sizes_are_resized(built, tok):
     batch = next(train(built, tok, image_size=24))
     assert batch["images"].shape == (1, 1, 24, 24, 3)
     assert batch["images"][0, 0].std((0, 1)).max() == 0  # one colour stays that colour
+
+
+def test_more_targets_than_places_are_refused(built, tok):
+    rows = sources.load(built, "train").rows(tok, built)
+    most = max(int(rows.row(i)["supervised"].sum()) for i in range(len(rows)))
+    assert rows.most_targets == most > 1
+    train(replace(built, targets=most), tok)
+    with pytest.raises(ValueError, match=f"data.targets = {most - 1} would leave out .* has {most}"):
+        train(replace(built, targets=most - 1), tok)

@@ -45,10 +45,15 @@ def train_iterator(
         An iterator with `get_state` and `set_state` (a state belongs to the same `cfg.workers` and batch size).
 
     Raises:
-        ValueError: fewer rows than processes, or what `sources.load` and the rows raise.
+        ValueError: a row with more targets than `cfg.targets`, fewer rows than processes, or what `sources.load` and the rows raise.
     """
     source = sources.load(cfg, "train")
     rows = source.rows(tokenizer, cfg)
+    if cfg.targets and rows.most_targets > cfg.targets:
+        raise ValueError(
+            f"data.targets = {cfg.targets} would leave out targets of the fullest row, which has {rows.most_targets}; "
+            f"give at least that, or 0 for data.text_length = {cfg.text_length}"
+        )
     if len(rows) < process_count:
         raise ValueError(f"{cfg.name}/train has {len(rows)} rows, fewer than the {process_count} processes")
     make = partial(make_row, source, rows, images=cfg.images, image_size=image_size)

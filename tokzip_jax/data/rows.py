@@ -44,6 +44,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.example)
 
+    @property
+    def most_targets(self) -> int:
+        """Supervised tokens of the row that has the most of them."""
+        total = np.concatenate([[0], np.cumsum(self.supervised)])
+        return int(np.max(total[self.start[1:]] - total[self.start[:-1]], initial=0))
+
     def row(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`, padded on the right: "ids", "thread", "sample", "supervised" [T] and "captions" [C]."""
         span = slice(self.start[index], self.start[index + 1])
