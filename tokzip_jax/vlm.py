@@ -194,11 +194,13 @@ class Prompt:
         cache: keys and values of the prompt and of the free slots behind it.
         logits_BV: [B, V] for the token after each row's last one.
         last: stream [B, 1] of that last token.
+        free: unused slots at the cache's end (static).
     """
 
     cache: KvCache
     logits_BV: Array
     last: TokenStream
+    free: int = dataclasses.field(metadata={"static": True})
 
 
 def _last_slot(stream: TokenStream) -> Array:
@@ -220,6 +222,7 @@ def read(
         cache=dataclasses.replace(cache, **kv),
         logits_BV=llm.logits(cfg, params["llm"], final)[:, 0],
         last=jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, last, axis=1), stream),
+        free=cache.stream.kind.shape[1] - offset - x_BTD.shape[1],
     )
 
 
@@ -264,7 +267,7 @@ def decode(
         cfg, params: the model.
         blocks: its layers out of `stack.unstack(params["llm"]["layers"])`, made once: a loop over single blocks does
             not copy their weights at every step, as a scan over the stack would.
-        prompt: from `prefill`, `read` or `voco.ask`, with at least `max_new` free slots.
+        prompt: from `prefill`, `read` or `voco.ask`, made with room for `max_new` tokens or more.
         max_new: the most tokens written a row.
         eos_id: ends a row; it is written too.
         table: who sees whom.
@@ -277,11 +280,14 @@ def decode(
         ValueError: no room in the cache, or sampling without a key.
     """
     rows, slots = prompt.cache.stream.kind.shape
-    if max_new < 1 or max_new > slots:
-        raise ValueError(f"max_new={max_new} does not fit a cache of {slots} slots; it must lie between 1 and {slots}")
+    if not 1 <= max_new <= prompt.free:
+        raise ValueError(
+            f"max_new={max_new} does not fit the {prompt.free} free slots behind the prompt; it must lie between 1 and "
+            f"{prompt.free}, which is the max_new that the prompt was read with"
+        )
     if temperature < 0 or (temperature > 0 and key is None):
         raise ValueError(f"temperature={temperature} needs a value >= 0, and a key where it is above 0")
-    start = slots - max_new
+    start = slots - prompt.free
     key = jax.random.key(0) if key is None else key
 
     def choose(logits_BV: Array, step: Array) -> Array:
