@@ -6,8 +6,10 @@ from that cache. Both stages together equal one masked pass, because nothing tha
 
 Positions of the kept slots are a policy. "original": they keep their ids, and text goes on where it would have stood
 in one pass. "compact": they are renumbered from 0 and their cached keys are rotated to the new places, so that the
-dropped vision tokens use up no context; rotary attention sees only differences, but the gap between VoCo and text
-closes alike on both sides, so this equals the masked pass too. Renumbering without rotating is wrong, and not offered.
+dropped vision tokens use up no context. Rotary attention sees only differences, and VoCo tokens and the text behind
+them move alike, so for the VoCo tokens of one picture this equals the masked pass too. Where something else is kept
+(the prefix under "prefix_visible", other frames) its distance to the text shrinks by the vision tokens that are gone.
+Renumbering without rotating is wrong, and not offered.
 """
 
 import dataclasses
@@ -110,7 +112,8 @@ def _without_text(stream: TokenStream) -> TokenStream:
 def _gather(k: Array, v: Array, stream: TokenStream, table: Array, keep: int) -> VocoCache:
     """The slots that a text token behind the row would see, in their order, in `keep` static slots."""
     zero = jnp.zeros_like(stream.kind)
-    reader = TokenStream(kind=zero + TEXT, segment=zero, thread=zero, sample=zero + 1, position=zero, order=zero + 2**30)
+    last = zero + 2**30
+    reader = TokenStream(kind=zero + TEXT, segment=zero, thread=zero, sample=zero + 1, position=zero, order=last)
     seen = rule(reader, stream, table)
     index = jnp.argsort(~seen, axis=1, stable=True)[:, :keep]
 
@@ -138,11 +141,15 @@ def rotate_to(llm_cfg: LlmConfig, cache: VocoCache, position: Array, next_positi
 
 
 def compact(llm_cfg: LlmConfig, cache: VocoCache, start: Array | int = 0) -> VocoCache:
-    """Renumber the used slots start, start + 1, ... and rotate their keys there; text goes on behind them."""
+    """Renumber the used slots start, start + 1, ... and rotate their keys there; text goes on behind them.
+
+    `start` is a number, or one a row [B].
+    """
     used = cache.kind != PAD
-    position = start + jnp.cumsum(used, axis=1) - 1
-    total = start + jnp.sum(used, axis=1)
-    return rotate_to(llm_cfg, cache, jnp.where(used, position, 0), total.astype(jnp.int32))
+    start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), used.shape[:1])
+    position = start[:, None] + jnp.cumsum(used, axis=1, dtype=jnp.int32) - 1
+    total = start + jnp.sum(used, axis=1, dtype=jnp.int32)
+    return rotate_to(llm_cfg, cache, jnp.where(used, position, 0), total)
 
 
 def join(
@@ -171,7 +178,7 @@ def join(
         kind = cache.kind if number == 1 else jnp.where(cache.kind == PREFIX, PAD, cache.kind)
         part = dataclasses.replace(cache, kind=kind, segment=jnp.where(kind == VOCO, number, 0))
         if positions == "compact":
-            part = compact(llm_cfg, part, offset[:, None])
+            part = compact(llm_cfg, part, offset)
         else:
             moved = jnp.where(kind != PAD, part.position + offset[:, None], 0)
             part = rotate_to(llm_cfg, part, moved, part.next_position + offset)
