@@ -215,8 +215,8 @@ def train_step(
         max_targets: the most supervised positions of a row.
 
     Returns:
-        The next state, and float32 metrics "loss", "grad_norm", "tokens" (supervised ones), and of the terms that are on "ce", "kl",
-        "contrast", "accuracy".
+        The next state, and float32 metrics "loss", "grad_norm", "tokens" (supervised ones), and of the terms that are
+        on "ce", "kl", "contrast", "accuracy".
     """
     grads, metrics = gradients(
         cfg,
