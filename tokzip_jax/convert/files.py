@@ -24,9 +24,8 @@ class LazyTensor:
         self.shape = tuple(file.get_slice(key).get_shape())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Read it; nothing is kept, so that a converter holds one tensor at a time."""
-        values = self._file.get_tensor(self._key)
-        return values if dtype is None else values.astype(dtype, copy=False)
+        """Read it; nothing is kept, so that a converter holds one tensor at a time. NumPy itself casts to `dtype`."""
+        return self._file.get_tensor(self._key)
 
 
 def read_safetensors(paths: str | pathlib.Path | Sequence[str | pathlib.Path]) -> dict[str, LazyTensor]:

@@ -14,6 +14,8 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
+MOST = 12  # names of one kind of problem in a message
+
 
 class Layout(NamedTuple):
     """How the source stores an array.
@@ -186,16 +188,16 @@ def _report(table: Table, missing: list[str], unknown: list[str], wrong: list[tu
 
 
 def _by_name(items: Iterable[tuple[str, str]]) -> str:
-    """'a.#.b (layers 0..3)' for the names of one tensor of several layers; at most a dozen entries."""
+    """'a.#.b (layers 0..3)' for the names of one tensor of several layers; at most MOST of them."""
     groups: dict[tuple[str, str], list[int]] = {}
     for key, note in items:
         name = re.sub(r"(?<=layers\.)\d+", "#", key)
         number = re.search(r"(?<=layers\.)\d+", key)
         groups.setdefault((name, note), []).append(int(number[0]) if number else -1)
     lines = []
-    for (name, note), layers in list(groups.items())[:12]:
+    for (name, note), layers in list(groups.items())[:MOST]:
         span = f" (layers {min(layers)}..{max(layers)})" if min(layers) != max(layers) else ""
         name = name.replace("#", str(layers[0])) if not span else name
         lines.append(f"{name}{span}{' is ' + note if note else ''}")
-    more = f" and {len(groups) - 12} other names" if len(groups) > 12 else ""
+    more = f" and {len(groups) - MOST} other names" if len(groups) > MOST else ""
     return ", ".join(lines) + more
