@@ -7,8 +7,6 @@ Two CPU cores, about 13 minutes. A vision transformer and a language model of th
 Expect an upper bound above 95 % and VoCo with one token close to it; the README shows a whole table.
 """
 
-import dataclasses
-
 from tokzip_jax import config as c
 from tokzip_jax.config_io import to_config_dict
 
@@ -42,34 +40,44 @@ def run_config() -> c.RunConfig:
 
 
 def stages() -> dict[str, c.StageConfig]:
-    """The uncompressed model, then each trained compressor from it."""
-    optim = c.OptimConfig(learning_rate=2e-3, warmup_steps=40, b2=0.99, weight_decay=0.01, final_fraction=0.02)
-    later = dataclasses.replace(optim, learning_rate=1e-3, warmup_steps=20)
+    """The vision tower against captions, the uncompressed model, then each trained compressor from it."""
+    optim = c.OptimConfig(learning_rate=1e-3, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.02)
+    visible = c.MethodConfig(voco=4)
     return {
-        "base": c.StageConfig(
-            steps=900,
+        # The CLS token must mean something before its attention can select: here it learns to tell captions apart.
+        "clip": c.StageConfig(
+            steps=800,
             batch_size=32,
-            method=c.MethodConfig(voco=4),
+            train=("vit/.*", "contrast/.*", "llm/embed/table"),
+            method=visible,
+            loss=c.LossConfig(ce=0.0, contrast=1.0),
+            optim=optim,
+        ),
+        "base": c.StageConfig(
+            init_from="clip",
+            steps=900,
+            batch_size=16,
+            method=visible,
             voco_counts=(0, 1, 0, 4),
-            loss=c.LossConfig(contrast=0.1),
+            loss=c.LossConfig(contrast=0.2),
             optim=optim,
         ),
         "voco": c.StageConfig(
             init_from="base",
-            steps=300,
-            batch_size=32,
+            steps=800,
+            batch_size=8,
             train=LANGUAGE_MODEL,
             method=c.MethodConfig(voco=4, voco_mask="voco"),
             voco_counts=(1, 4),
-            optim=later,
+            optim=optim,
         ),
         "pooled": c.StageConfig(
             init_from="base",
-            steps=300,
-            batch_size=32,
+            steps=800,
+            batch_size=8,
             train=("projector/.*", "llm/.*"),
             method=c.MethodConfig(projector="avgpool_linear", pool_grid=1),
-            optim=later,
+            optim=optim,
         ),
     }
 

@@ -92,7 +92,7 @@ class LossConfig:
     ce: float = 1.0  # next-token cross entropy on the supervised positions
     kl: float = 0.0  # KL to the frozen parameters of the stage's `init_from`, read without VoCo tokens
     temperature: float = 1.0  # of the KL; its square scales the term
-    contrast: float = 0.0  # SigLIP loss between the CLS token and the caption
+    contrast: float = 0.0  # CLIP loss between the CLS token and the caption
     chunk: int = 1024  # supervised positions whose logits exist at once
 
 

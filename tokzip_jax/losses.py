@@ -39,13 +39,13 @@ def pick(hidden_BTD: Array, read_BQ: Array) -> Array:
 
 
 def cross_entropy(logits_QV: Array, label_Q: Array) -> Array:
-    """[Q] float32 negative log likelihood of the labels."""
+    """[..., Q] float32 negative log likelihood of the labels."""
     logits_QV = logits_QV.astype(jnp.float32)
-    return jax.nn.logsumexp(logits_QV, axis=-1) - jnp.take_along_axis(logits_QV, label_Q[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits_QV, axis=-1) - jnp.take_along_axis(logits_QV, label_Q[..., None], axis=-1)[..., 0]
 
 
 def divergence(student_QV: Array, teacher_QV: Array, temperature: float) -> Array:
-    """[Q] float32 KL(teacher || student) at a temperature T, times T^2.
+    """[..., Q] float32 KL(teacher || student) at a temperature T, times T^2.
 
     The square keeps the gradient's size where T changes (arXiv 1503.02531, section 2); the direction is the one of
     VoCo-LLaMA's equation for the uncompressed model as target. No gradient flows to the teacher.
@@ -73,31 +73,31 @@ def token_losses(
         head: final norm and output head.
         teacher: hidden states [B, Q, D] of a frozen model at the same targets, and its head; None = no "kl".
         temperature: of the KL.
-        chunk: positions whose logits exist at once.
+        chunk: positions whose logits exist at once, over all devices. A chunk is some positions of every row, so that
+            rows which are split over devices stay where they are.
 
     Returns:
         float32 scalars "ce" (and "kl") summed, "correct" (arg-max hits) and "count" of valid positions. Invalid
         positions add exactly 0, to the value and to the gradient, whatever stands there.
     """
-    total = label_BQ.size
-    chunk = min(chunk, total)
-    padded = -(-total // chunk) * chunk
+    rows, length = label_BQ.shape
+    chunks = -(-length // max(1, chunk // rows))
+    width = -(-length // chunks)
 
     def cut(values: Array) -> Array:
-        flat = values.reshape(total, *values.shape[2:])
-        flat = jnp.pad(flat, [(0, padded - total)] + [(0, 0)] * (flat.ndim - 1))
-        return flat.reshape(padded // chunk, chunk, *flat.shape[1:])
+        padded = jnp.pad(values, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (values.ndim - 2))
+        return padded.reshape(rows, chunks, width, *values.shape[2:]).swapaxes(0, 1)
 
     def clean(hidden: Array, valid: Array) -> Array:
         # Before the head, so that a NaN in a padded place cannot reach the gradient through 0 * NaN.
-        return jnp.where(valid[:, None], hidden, 0)[None]
+        return jnp.where(valid[:, :, None], hidden, 0)
 
     def body(sums: dict[str, Array], part: tuple[Array, ...]) -> tuple[dict[str, Array], None]:
         hidden, label, valid, *teacher_hidden = part
-        logits = head(clean(hidden, valid))[0]
+        logits = head(clean(hidden, valid))
         terms = {"ce": cross_entropy(logits, label), "correct": jnp.argmax(logits, axis=-1) == label}
         if teacher is not None:
-            terms["kl"] = divergence(logits, teacher[1](clean(teacher_hidden[0], valid))[0], temperature)
+            terms["kl"] = divergence(logits, teacher[1](clean(teacher_hidden[0], valid)), temperature)
         terms["count"] = jnp.ones_like(terms["ce"])
         return {n: sums[n] + jnp.sum(jnp.where(valid, terms[n], 0.0)) for n in sums}, None
 
@@ -110,19 +110,22 @@ def token_losses(
     return jax.lax.scan(jax.checkpoint(body), zero, tuple(parts))[0]
 
 
-def contrastive(image_BE: Array, text_BE: Array, same_BB: Array, log_scale: Array, bias: Array) -> Array:
-    """SigLIP's pairwise sigmoid loss (arXiv 2303.15343, algorithm 1), a float32 scalar.
+def contrastive(image_BE: Array, text_BE: Array, log_scale: Array) -> Array:
+    """CLIP's symmetric softmax loss (arXiv 2103.00020, figure 3), a float32 scalar.
+
+    Pictures with equal captions need no special care: their text embeddings are equal, and then sharing the target
+    between them gives the same value. SigLIP's sigmoid would need its bias (-10, made for batches of thousands) tuned
+    to the batch: as published it leaves a small batch next to no gradient.
 
     Args:
-        image_BE, text_BE: embeddings; normalised here.
-        same_BB: bool, whether image i goes with text j. More than one a row may: pictures with equal captions are
-            pairs too, since on a data set of few captions they would otherwise be false negatives.
-        log_scale, bias: learned scalars.
+        image_BE, text_BE: embeddings of pictures and of their captions; normalised here.
+        log_scale: learned scalar, the logarithm of the inverse temperature.
     """
 
     def unit(x: Array) -> Array:
         x = x.astype(jnp.float32)
         return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
-    logits = jnp.exp(log_scale) * (unit(image_BE) @ unit(text_BE).T) + bias
-    return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(same_BB, logits, -logits)), axis=-1))
+    logits = jnp.exp(log_scale) * (unit(image_BE) @ unit(text_BE).T)
+    each = [jnp.mean(jnp.diagonal(jax.nn.log_softmax(way))) for way in (logits, logits.T)]
+    return -(each[0] + each[1]) / 2

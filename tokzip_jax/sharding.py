@@ -49,7 +49,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"llm/head/w", ("data", "model")),
     (r"voco/table", (None, "data")),
     (r"contrast/(image|text)/w", ("data", None)),
-    (r"contrast/(scale|bias)", ()),
+    (r"contrast/scale", ()),
 )
 
 

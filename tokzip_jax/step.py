@@ -113,14 +113,9 @@ def contrast_term(params: Params, batch: dict[str, Array], summary_BD: Array) ->
     """The contrastive loss between the CLS summary [B*I, D] of each row's first picture and its caption."""
     rows, images = batch["images"].shape[:2]
     first_BD = summary_BD.reshape(rows, images, -1)[:, 0]
-    contrast, captions = params["contrast"], batch["captions"]
-    return losses.contrastive(
-        first_BD @ contrast["image"]["w"],
-        caption_embedding(params, captions),
-        jnp.all(captions[:, None] == captions[None], axis=-1),
-        contrast["scale"],
-        contrast["bias"],
-    )
+    contrast = params["contrast"]
+    text = caption_embedding(params, batch["captions"])
+    return losses.contrastive(first_BD @ contrast["image"]["w"], text, contrast["scale"])
 
 
 def total_loss(stage: StageConfig, terms: dict[str, Array], count: Array, parts: int) -> Array:

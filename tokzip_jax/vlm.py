@@ -51,9 +51,8 @@ def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
         params["contrast"] = {
             "image": {"w": cfg.vit.width**-0.5 * jax.random.normal(image, (cfg.vit.width, cfg.contrast_dim), dtype)},
             "text": {"w": cfg.llm.width**-0.5 * jax.random.normal(text, (cfg.llm.width, cfg.contrast_dim), dtype)},
-            # Temperature 10 and bias -10: the start that SigLIP found stable (arXiv 2303.15343, section 3.2).
-            "scale": jnp.asarray(jnp.log(10.0), dtype),
-            "bias": jnp.asarray(-10.0, dtype),
+            # CLIP's initial temperature, 0.07 (arXiv 2103.00020, section 2.5).
+            "scale": jnp.asarray(jnp.log(1 / 0.07), dtype),
         }
     return params
 
