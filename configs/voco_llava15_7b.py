@@ -57,6 +57,7 @@ def run_config(voco: int = 1) -> c.RunConfig:
                 batch_size=BATCH,
                 train=("projector/.*", "llm/.*", "voco/.*"),
                 method=c.MethodConfig(voco=voco, voco_mask="voco"),
+                loss=c.LossConfig(chunk=8192),
                 optim=c.OptimConfig(learning_rate=2e-5, warmup_steps=math.ceil(0.03 * steps), accumulate=2),
             ),
         },
