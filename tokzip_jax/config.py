@@ -120,6 +120,7 @@ class StageConfig:
     train: tuple[str, ...] = (".*",)  # path patterns of the parameters that train; the others are frozen
     method: MethodConfig = MethodConfig()
     voco_counts: tuple[int, ...] = ()  # VoCo tokens inserted, taken in turn step by step; () = always method.voco
+    token_dropout: float = 0.0  # share of the pictures of a step that lose a random part of their visual tokens
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
 

@@ -183,6 +183,7 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
     _require(bool(stage.train), f"{key}.train is empty; name at least one pattern of parameters to train")
     _within(f"{key}.optim.warmup_steps", optim.warmup_steps, 0, stage.steps)
     _within(f"{key}.optim.final_fraction", optim.final_fraction, 0, 1)
+    _within(f"{key}.token_dropout", stage.token_dropout, 0, 1)
     for name in ("learning_rate", "weight_decay", "clip_norm"):
         _at_least(f"{key}.optim.{name}", getattr(optim, name), 0)
     for name in ("b1", "b2"):

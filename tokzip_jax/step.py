@@ -87,7 +87,16 @@ def loss_terms(
     if wanted.ce == 0 and wanted.kl == 0:
         _, summary = vlm.encode(cfg, params, batch["images"], stage.method, key, summary=True)
         return {"contrast": contrast_term(params, batch, summary)}
-    out = vlm.forward(cfg, params, batch, stage.method, voco_count=voco_count, key=key, summary=contrastive)
+    out = vlm.forward(
+        cfg,
+        params,
+        batch,
+        stage.method,
+        voco_count=voco_count,
+        key=key,
+        summary=contrastive,
+        token_dropout=stage.token_dropout,
+    )
     read, label, valid = losses.targets(out.layout, max_targets)
     frozen = None
     if wanted.kl > 0:

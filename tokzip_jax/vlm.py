@@ -110,6 +110,26 @@ def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -
     return jnp.where(kind == PAD, 0, x)
 
 
+def drop_tokens(visual: VisualTokens, share: float, key: Array) -> VisualTokens:
+    """Make a random part of the visual tokens of some pictures invalid, for training.
+
+    A model that has only ever seen all tokens of a picture is thrown off by their number before it misses what they
+    said (yes/no answers first). One that has met every number can be asked what a selection keeps.
+
+    Args:
+        visual: [B, M] tokens.
+        share: of the pictures that lose tokens. Such a picture keeps each token with a probability u^2, u uniform on
+            [0, 1], so that few tokens are met as often as many; at least one is kept.
+        key: of this step.
+    """
+    which, rate, draw = jax.random.split(key, 3)
+    rows, slots = visual.valid_BM.shape
+    keep_rate = jnp.where(jax.random.uniform(which, (rows, 1)) < share, jax.random.uniform(rate, (rows, 1)) ** 2, 1.0)
+    lot = jnp.where(visual.valid_BM, jax.random.uniform(draw, (rows, slots)), 2.0)
+    kept = (lot < keep_rate) | (lot == jnp.min(lot, axis=1, keepdims=True))
+    return dataclasses.replace(visual, valid_BM=visual.valid_BM & kept)
+
+
 def embed(
     cfg: ModelConfig,
     params: Params,
@@ -119,6 +139,7 @@ def embed(
     voco_count: Array | int,
     key: Array,
     summary: bool = False,
+    token_dropout: float = 0.0,
 ) -> tuple[Array, Layout, VisualTokens, Array | None]:
     """Everything before the language model's first layer: (embeddings [B, T', D], layout, visual tokens, summary).
 
@@ -132,6 +153,8 @@ def embed(
         )
     rows, images = batch["images"].shape[:2]
     visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary)
+    if token_dropout:
+        visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
     slots = layout.expand(
         batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count
     )
@@ -149,6 +172,7 @@ def forward(
     voco_count: Array | int | None = None,
     key: Array | None = None,
     summary: bool = False,
+    token_dropout: float = 0.0,
 ) -> Forward:
     """One pass over whole rows, for training and scoring.
 
@@ -160,11 +184,14 @@ def forward(
         voco_count: VoCo tokens in use, a scalar or [B]; None = all `method.voco` slots.
         key: for random selection; None = `method.seed`.
         summary: also return the CLS summary.
+        token_dropout: share of the pictures that lose a random part of their tokens, see `drop_tokens`.
     """
     key = jax.random.key(method.seed) if key is None else key
     table = jnp.asarray(TABLES[method.voco_mask]) if table is None else table
     count = method.voco if voco_count is None else voco_count
-    x, slots, visual, pooled = embed(cfg, params, batch, method, voco_count=count, key=key, summary=summary)
+    x, slots, visual, pooled = embed(
+        cfg, params, batch, method, voco_count=count, key=key, summary=summary, token_dropout=token_dropout
+    )
     hidden, _ = llm.run_layers(cfg, params["llm"]["layers"], x, slots.stream, table)
     return Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)
 
