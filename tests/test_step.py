@@ -107,25 +107,29 @@ def test_terms_of_the_loss():
     tiny.close(found["kl"], (np.exp(teacher) * (teacher - student)).sum(), atol=1e-4)
 
 
+FEW = dataclasses.replace(stage(kl=1.0, contrast=1.0), method=MethodConfig(encoder="uniform", tokens=5, voco=8))
+
+
 def test_teacher_reads_the_whole_picture_whatever_the_student_is_given():
     """A student with 5 of 16 tokens has fewer slots than its teacher; each target still meets its own."""
-    few = MethodConfig(encoder="uniform", tokens=5, voco=8)
-    which = dataclasses.replace(stage(kl=1.0), method=few)
-    found = terms(which, tiny.params(), BATCH, tiny.params(), np.int32(K))
-    student, _ = answers(tiny.params(), "visible", K, few)
+    found = terms(FEW, tiny.params(), BATCH, tiny.params(), np.int32(K))
+    student, _ = answers(tiny.params(), "visible", K, FEW.method)
     teacher, _ = answers(tiny.params(), "visible", 0)
     tiny.close(found["kl"], (np.exp(teacher) * (teacher - student)).sum(), atol=1e-4)
 
 
 def test_contrastive_term_is_that_of_cls_and_caption():
-    found = terms(stage(contrast=1.0), tiny.params(), BATCH, None, np.int32(K))
+    found = terms(FEW, tiny.params(), BATCH, tiny.params(), np.int32(K))
     params = jax.tree.map(np.asarray, tiny.params())
     pixels = vit.normalise(BATCH["images"][:, 0])
     _, summary = jax.jit(lambda p, x: vit.features(CFG, p, x, summary=True))(params["vit"], pixels)
     caption = params["llm"]["embed"]["table"][BATCH["captions"]].mean(axis=1)
-    image, text, scale = (params["contrast"][name] for name in ("image", "text", "scale"))
-    expected = jax.jit(losses.contrastive)(summary @ image["w"], caption @ text["w"], scale)
-    tiny.close(found["contrast"], expected)
+    image, text, scale, bias = (params["contrast"][name] for name in ("image", "text", "scale", "bias"))
+    loss = functools.partial(jax.jit(losses.contrastive), summary @ image["w"], caption @ text["w"])
+    same = np.eye(4, dtype=bool)
+    assert abs(float(found["contrast"] - loss(same, scale, bias))) > 1e-3
+    same[0, 2] = same[2, 0] = True  # their captions are equal
+    tiny.close(found["contrast"], loss(same, scale, bias))
 
 
 def test_a_contrastive_stage_runs_no_language_model():
