@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import llm, vlm
+from tokzip_jax import compress, llm, vlm
 from tokzip_jax.config import MethodConfig
 from tokzip_jax.masks import TABLES
-from tokzip_jax.types import IMAGE_ID, PAD, TEXT, VISION, VOCO, VOCO_ID
+from tokzip_jax.types import IMAGE_ID, PAD, TEXT, VISION, VOCO, VOCO_ID, VisualTokens
 
 CFG = tiny.MODEL
 RNG = np.random.default_rng(0)
@@ -92,11 +92,10 @@ def test_packed_samples_are_separate_samples():
 
 def test_jit_is_eager():
     batch = rows(ROWS)
-    out = vlm.forward(CFG, tiny.params(), batch, tiny.METHOD, voco_count=K, summary=True)
+    out = vlm.forward(CFG, tiny.params(), batch, tiny.METHOD, voco_count=K)
     logits, slots = tiny.forward(tiny.params(), batch, TABLES["voco"], np.int32(K))
     real = np.asarray(slots.stream.kind) != PAD
     tiny.close(np.asarray(llm.logits(CFG, tiny.params()["llm"], out.hidden_BTD))[real], np.asarray(logits)[real])
-    assert out.summary_BD.shape == (4, CFG.vit.width)
 
 
 def test_bfloat16_model_is_close_to_float32():
@@ -250,3 +249,39 @@ def test_encoder_site_and_projector_change_the_number_of_slots():
     method = MethodConfig(encoder="visionzip", tokens=6, contextual=2)
     shapes = jax.eval_shape(lambda p, b: vlm.forward(CFG, p, b, method), tiny.params(), rows(ROWS))
     assert shapes.visual.tokens_BMD.shape == (4, 6, CFG.llm.width) and shapes.hidden_BTD.shape == (4, 16 + 5, 16)
+
+
+def test_dropped_tokens():
+    """All of a share of the pictures lose tokens, never all of them, in every number; what was invalid stays so."""
+    valid = np.ones((600, 16), bool)
+    valid[:, 3] = False
+    ints = jnp.zeros((600, 16), jnp.int32)
+    visual = VisualTokens(jnp.zeros((600, 16, 2)), jnp.asarray(valid), ints, ints, ints)
+    dropped = jax.jit(vlm.drop_tokens)
+    none, some, every = (np.asarray(dropped(visual, share, jax.random.key(0)).valid_BM) for share in (0.0, 0.5, 1.0))
+    np.testing.assert_array_equal(none, valid)
+    assert not some[:, 3].any() and not every[:, 3].any()
+    count = every.sum(axis=1)
+    assert set(count) == set(range(1, 16))
+    # P(rate <= 1/4) = P(u <= 1/2) = 1/2 of the pictures keep four of fifteen tokens or about that.
+    assert 0.35 < np.mean(count <= 4) < 0.6
+    assert 0.4 < np.mean(some.sum(axis=1) == 15) < 0.65
+    # No place is preferred.
+    assert np.ptp(np.delete(every, 3, axis=1).mean(axis=0)) < 0.12
+
+
+def test_dropped_tokens_are_as_if_they_had_not_been_there():
+    """Text after pictures of which tokens 4 .. 15 were dropped, against a selection that passed on the others."""
+    batch = rows(ROWS[:1])
+    method = dataclasses.replace(tiny.METHOD, voco_mask="visible")
+    few = dataclasses.replace(method, encoder="first")
+    first = compress.Encoder(lambda f, **_: compress.ops.keep(f.patches_BPD, jnp.arange(16)[None] < 4, 4), (), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(compress.ENCODER, "first", first)
+        short = dataclasses.replace(few, tokens=4)
+        expected = vlm.forward(CFG, tiny.params(), batch, short, voco_count=K)
+        four = jnp.arange(16)[None] < 4
+        patch.setattr(vlm, "drop_tokens", lambda tokens, share, key: dataclasses.replace(tokens, valid_BM=four))
+        found = vlm.forward(CFG, tiny.params(), batch, method, voco_count=K, token_dropout=0.5)
+    text = [np.asarray(out.hidden_BTD)[np.asarray(out.layout.stream.kind) == TEXT] for out in (found, expected)]
+    tiny.close(*text)

@@ -1,4 +1,4 @@
-"""A LLaMA-shaped decoder (arXiv 2302.13971): grouped heads, rotary positions, SwiGLU, and a KV cache of plain arrays."""
+"""A LLaMA-shaped decoder (arXiv 2302.13971): grouped heads, rotary positions, SwiGLU, a KV cache of plain arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -137,7 +137,8 @@ def run_layers(
             return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), out
 
         x = constrain(x, "data", None, None)
-        mixed, out = layers.apply(modules["attn"], block["attn"], layers.apply(modules["norm1"], block["norm1"], x), mix)
+        normed = layers.apply(modules["norm1"], block["norm1"], x)
+        mixed, out = layers.apply(modules["attn"], block["attn"], normed, mix)
         x = x + mixed
         x = x + layers.apply(modules["mlp"], block["mlp"], layers.apply(modules["norm2"], block["norm2"], x))
         return x, out

@@ -19,7 +19,7 @@ Drawn for one image of two patches, prefix p, vision v, VoCo c, text t (x = sees
           t    x x x x x .        t     . . . x x .               t       x . . x x .
           t    x x x x x x        t     . . . x x x               t       x . . x x x
 
-Two frames in one row under "voco": each frame's vision and VoCo tokens see their own frame only, text sees both VoCo groups
+Two frames in one row under "voco": each frame's vision and VoCo tokens see their own frame, text sees both VoCo groups
 
                p v c v c t
           p    x . . . . .

@@ -102,7 +102,8 @@ def run_blocks(
 
     def body(carry: tuple[Array, Any], block: Params, _: None) -> tuple[tuple[Array, Any], None]:
         x = constrain(carry[0], "data", None, None)
-        mixed, read = layers.apply(modules["attn"], block["attn"], layers.apply(modules["norm1"], block["norm1"], x), mix)
+        normed = layers.apply(modules["norm1"], block["norm1"], x)
+        mixed, read = layers.apply(modules["attn"], block["attn"], normed, mix)
         x = x + mixed
         x = x + layers.apply(modules["mlp"], block["mlp"], layers.apply(modules["norm2"], block["norm2"], x))
         return (x, read), None

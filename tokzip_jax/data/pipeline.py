@@ -45,7 +45,8 @@ def train_iterator(
         An iterator with `get_state` and `set_state` (a state belongs to the same `cfg.workers` and batch size).
 
     Raises:
-        ValueError: a row with more targets than `cfg.targets`, fewer rows than processes, or what `sources.load` and the rows raise.
+        ValueError: a row with more targets than `cfg.targets`, fewer rows than processes, or what
+            `sources.load` and the rows raise.
     """
     source = sources.load(cfg, "train")
     rows = source.rows(tokenizer, cfg)
