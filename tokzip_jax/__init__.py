@@ -1,8 +1,9 @@
 """Visual-token compression for vision-language models in JAX.
 
 The functions that need no model are here: `visionzip`, `random`, `uniform` and `average_pool` turn arrays into
-`VisualTokens`, `received_attention` scores patches where there is no CLS token. The model is in `tokzip_jax.vlm`, VoCo's
-two-stage inference in `tokzip_jax.voco`, the masks in `tokzip_jax.masks`, every setting of a run in `tokzip_jax.config`.
+`VisualTokens`, `received_attention` scores patches where there is no CLS token. The model is in `tokzip_jax.vlm`,
+VoCo's two-stage inference in `tokzip_jax.voco`, the masks in `tokzip_jax.masks`, and every setting of a run in
+`tokzip_jax.config`.
 """
 
 from tokzip_jax.compress import average_pool, random, uniform, visionzip
