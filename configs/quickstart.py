@@ -70,7 +70,7 @@ def stages() -> dict[str, c.StageConfig]:
         ),
         "voco": c.StageConfig(
             init_from="base",
-            steps=700,
+            steps=1000,
             batch_size=8,
             train=LANGUAGE_MODEL,
             method=c.MethodConfig(voco=4, voco_mask="voco"),
