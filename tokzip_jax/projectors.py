@@ -29,8 +29,8 @@ class Projector(NamedTuple):
     count: Callable[[MethodConfig, int], int]
 
 
-def _dense(width: int, out: int, param_dtype: str) -> layers.Einsum:
-    return layers.Einsum("BTD,DF->BTF", (width, out), bias=True, param_dtype=param_dtype)
+def _dense(width: int, out: int, param_dtype: str) -> layers.Linear:
+    return layers.Linear((width, out), bias=True, param_dtype=param_dtype)
 
 
 def _init_dense(cfg: ModelConfig, key: Array, width: int) -> Params:

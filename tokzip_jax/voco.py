@@ -207,7 +207,14 @@ def check_context(llm_cfg: LlmConfig, next_position: Array, text_length: int) ->
 
 
 def ask(
-    cfg: ModelConfig, params: Params, cache: VocoCache, ids: Array, *, max_new: int, voco_mask: str = "voco"
+    cfg: ModelConfig,
+    params: Params,
+    cache: VocoCache,
+    ids: Array,
+    *,
+    max_new: int,
+    voco_mask: str = "voco",
+    blocks: tuple[Params, ...] | None = None,
 ) -> vlm.Prompt:
     """Stage two: read questions into a copy of the cache; continue with `vlm.decode`.
 
@@ -217,6 +224,7 @@ def ask(
         ids: [B, T] int32 text ids, 0 = padding on either side.
         max_new: free slots left for the answer.
         voco_mask: the mask that the cache was built for.
+        blocks: the layers out of `stack.unstack`, which `vlm.decode` needs and which read a short question faster.
 
     Raises:
         ValueError: cache and questions of different batch sizes, or past the context limit.
@@ -234,7 +242,8 @@ def ask(
     )
     filled = llm.extend(llm.KvCache(k=cache.k, v=cache.v, stream=kept_stream), ids.shape[1] + max_new)
     x = params["llm"]["embed"]["table"].astype(cfg.dtype)[ids]
-    return vlm.read(cfg, params, x, text, jnp.asarray(TABLES[voco_mask]), cache=filled, offset=kept)
+    table = jnp.asarray(TABLES[voco_mask])
+    return vlm.read(cfg, params, x, text, table, cache=filled, offset=kept, blocks=blocks)
 
 
 def save(path: str | pathlib.Path, cache: VocoCache, llm_cfg: LlmConfig) -> None:
