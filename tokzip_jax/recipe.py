@@ -103,9 +103,11 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         ValueError: a train pattern without a parameter, or a checkpoint of another model to start from.
     """
     stage = cfg.stages[name]
-    # One key a stage, whatever the order in which stages run.
-    key = jax.random.fold_in(jax.random.key(cfg.seed), sum(map(ord, name)))
-    init_key, step_key = jax.random.split(key)
+
+    def keys() -> Array:
+        """The stage's keys for its first parameters and for its steps, whatever the order in which stages run."""
+        return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), sum(map(ord, name))))
+
     params = shapes(cfg, stage.method.projector)
     tx, schedule = optim.make_optimizer(stage.optim, stage.steps, params, stage.train)
 
@@ -117,7 +119,7 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def begin() -> TrainState:
-        params = _initial_params(cfg, stage, mesh, workdir, init_key)
+        params = _initial_params(cfg, stage, mesh, workdir, keys()[0])
         return jax.jit(state, out_shardings=shardings, donate_argnums=0)(params)
 
     def run_step(current: TrainState, batch: dict[str, Array], teacher: Params | None, voco_count: Array) -> Any:
@@ -129,7 +131,7 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
             batch,
             teacher=teacher,
             voco_count=voco_count,
-            key=step_key,
+            key=keys()[1],  # made in the program, which so holds no array of one device
             max_targets=cfg.data.targets or cfg.data.text_length,
         )
         # Computed here, so that the loop on the host touches no device for it.
