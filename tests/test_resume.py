@@ -87,8 +87,10 @@ def test_killed_in_training_and_in_evaluation_and_started_again(tmp_path):
     assert (broken / "eval" / "summary.json").read_text() == (straight / "eval" / "summary.json").read_text()
     assert len(json.loads((broken / "environment.json").read_text())) == 3
 
-    losses = [[(line["step"], line["loss"], line["learning_rate"]) for line in metrics.read_metrics(root)]
-              for root in (straight, broken)]
+    losses = [
+        [(line["step"], line["loss"], line["learning_rate"]) for line in metrics.read_metrics(root)]
+        for root in (straight, broken)
+    ]
     assert losses[0] == losses[1] and [step for step, *_ in losses[0]] == [1, 2, 3, 4, 5, 6]
     assert data_position(straight) == data_position(broken)
     (step_a, a), (step_b, b) = (final_state(cfg, root) for root in (straight, broken))
