@@ -157,20 +157,20 @@ def test_contrastive_of_a_zero_row_has_a_finite_gradient():
 
 
 def test_targets_are_the_supervised_slots_and_what_predicts_them():
-    """Two questions about one picture, an answer of two tokens each; the first row is packed, the second shorter."""
+    """A question and, in a thread of its own, a caption, which the last VoCo token predicts; the second row is shorter."""
     ids = np.array([[1, IMAGE_ID, VOCO_ID, 5, 6, 2, 7, 8, 2], [0, 0, 1, IMAGE_ID, VOCO_ID, 5, 9, 2, 0]], np.int32)
-    answer = np.array([[0, 0, 0, 0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 0]], bool)
+    answer = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 0]], bool)
     thread = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 0]], np.int32)
     batch = {"ids": ids, "thread": thread, "sample": np.int32(ids != 0), "supervised": answer}
     slots = jax.jit(functools.partial(layout.expand, voco=2, voco_count=2))(batch, np.ones((2, 1, 3), bool))
     # p v v v c c 5 6 2 7 8 2   and   . . p v v v c c 5 9 2 .
     targets = jax.jit(losses.targets, static_argnums=1)
-    read, label, valid = (np.asarray(value) for value in targets(slots, 4))
-    np.testing.assert_array_equal(label[valid], [6, 2, 8, 2, 9, 2])
-    np.testing.assert_array_equal(valid, [[True] * 4, [True, True, False, False]])
-    np.testing.assert_array_equal(read[valid], [6, 7, 9, 10, 8, 9])
+    read, label, valid = (np.asarray(value) for value in targets(slots, 5))
+    np.testing.assert_array_equal(label[valid], [6, 2, 7, 8, 2, 9, 2])
+    np.testing.assert_array_equal(valid, [[True] * 5, [True] * 2 + [False] * 3])
+    np.testing.assert_array_equal(read[valid], [6, 7, 5, 9, 10, 8, 9])
     # More places than slots are as many as there are slots, none of them invented.
     read, _, valid = (np.asarray(value) for value in targets(slots, 100))
-    assert read.shape == (2, slots.ids.shape[1]) and valid.sum() == 6
+    assert read.shape == (2, slots.ids.shape[1]) and valid.sum() == 7
     picked = np.asarray(jax.jit(losses.pick)(np.arange(24.0).reshape(2, 12, 1), read))
-    np.testing.assert_array_equal(picked[valid][:, 0], [6, 7, 9, 10, 12 + 8, 12 + 9])
+    np.testing.assert_array_equal(picked[valid][:, 0], [6, 7, 5, 9, 10, 12 + 8, 12 + 9])
