@@ -75,6 +75,12 @@ def test_layers_and_scores_are_those_of_the_naive_decoder(mode):
     assert scores.dtype == jnp.float32
 
 
+def test_eager_is_jit():
+    hidden, _, _ = run(X, TABLES["voco"])
+    eager, _ = llm.run_layers(CFG, tiny.params()["llm"]["layers"], X, SLOTS.stream, TABLES["voco"])
+    tiny.close(np.asarray(eager)[KIND > 0], np.asarray(hidden)[KIND > 0], atol=1e-5)
+
+
 def test_bfloat16_is_close_to_float32():
     """bfloat16 keeps 8 bits, so each rounding errs by up to 2^-9 = 0.2 %.
 

@@ -157,7 +157,7 @@ def test_contrastive_of_a_zero_row_has_a_finite_gradient():
 
 
 def test_targets_are_the_supervised_slots_and_what_predicts_them():
-    """A question and, in a thread of its own, a caption, which the last VoCo token predicts; the second row is shorter."""
+    """A question and, in its own thread, a caption that the last VoCo token predicts; the second row is shorter."""
     ids = np.array([[1, IMAGE_ID, VOCO_ID, 5, 6, 2, 7, 8, 2], [0, 0, 1, IMAGE_ID, VOCO_ID, 5, 9, 2, 0]], np.int32)
     answer = np.array([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 0]], bool)
     thread = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 0]], np.int32)

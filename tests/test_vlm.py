@@ -90,14 +90,6 @@ def test_packed_samples_are_separate_samples():
             tiny.close(tiny.logits_of_text(logits, slots, 0, sample=number, kind=TEXT), expected)
 
 
-def test_jit_is_eager():
-    batch = rows(ROWS)
-    out = vlm.forward(CFG, tiny.params(), batch, tiny.METHOD, voco_count=K)
-    logits, slots = tiny.forward(tiny.params(), batch, TABLES["voco"], np.int32(K))
-    real = np.asarray(slots.stream.kind) != PAD
-    tiny.close(np.asarray(llm.logits(CFG, tiny.params()["llm"], out.hidden_BTD))[real], np.asarray(logits)[real])
-
-
 def test_bfloat16_model_is_close_to_float32():
     """Every rounding errs by up to 0.2 % (8 bits), six blocks round some five times each, a sharp softmax multiplies
     it: a few per cent of the logits' size is what to expect, a wrong cast (of position angles, say) gives far more."""
