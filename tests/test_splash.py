@@ -9,7 +9,8 @@ import pytest
 
 from tokzip_jax import llm, masks, splash
 from tokzip_jax.attention import attend
-from tokzip_jax.config import LlmConfig, MeshConfig, ModelConfig
+from tokzip_jax.config import LlmConfig, MeshConfig, ModelConfig, RunConfig
+from tokzip_jax.config_check import validate
 from tokzip_jax.sharding import make_mesh
 from tokzip_jax.types import PAD, PREFIX, TEXT, VISION, VOCO, TokenStream
 
@@ -158,3 +159,8 @@ def test_refuses_what_does_not_fit():
         splash.mask(KIND, masks.TABLES["voco"], segment=SEGMENT[1:])
     with pytest.raises(ValueError, match="kind is traced, but a splash mask is static"):
         jax.jit(lambda kind: splash.mask(kind, masks.TABLES["voco"])[:1, :1])(KIND)
+
+
+def test_a_config_says_where_it_is_for():
+    with pytest.raises(ValueError, match=r"model\.attention = 'splash' is no setting of a run.*splash\.attend"):
+        validate(RunConfig(model=ModelConfig(attention="splash")))

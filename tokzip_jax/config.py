@@ -65,7 +65,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"
     logits_dtype: str = "float32"
-    attention: str = "einsum"  # "einsum", "xla", "cudnn" or "splash"
+    attention: str = "einsum"  # "einsum", "xla" or "cudnn"; on TPU see also splash.py
     remat: str = "none"  # "none", "full" or "dots"
 
 

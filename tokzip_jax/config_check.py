@@ -152,6 +152,11 @@ def _model(model: ModelConfig) -> None:
     _require(llm.head_dim % 2 == 0, f"model.llm.head_dim = {llm.head_dim} must be even (rotary positions turn pairs)")
     _within("model.vit.feature_layer", vit.feature_layer, -vit.layers, -1)
     _one_of("model.vit.activation", vit.activation, sorted(layers.ACTIVATIONS))
+    _require(
+        model.attention != "splash",
+        "model.attention = 'splash' is no setting of a run, whose rows hold different questions and no static layout; "
+        "where all rows have one layout, give llm.run_layers(attention=...) splash.attend with a splash.mask",
+    )
     _one_of("model.attention", model.attention, sorted(attention.IMPLEMENTATIONS))
     _one_of("model.remat", model.remat, ["none", *sorted(stack.POLICIES)])
     for name in ("param_dtype", "dtype", "logits_dtype"):
