@@ -60,10 +60,10 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
 
             pending = Pending(arrived)
             for number in range(done, steps):
-                # What moves between host and devices is named here; a transfer by accident would make the host wait.
+                batch = sharding.shard_batch(mesh, next(data))
+                count = sharding.place(mesh, np.int32(recipe.voco_count(stage.cfg, number)))
+                # All that a step reads is in place by now; a transfer by accident would make the host wait.
                 with jax.transfer_guard("disallow"):
-                    batch = sharding.shard_batch(mesh, next(data))
-                    count = sharding.place(mesh, np.int32(recipe.voco_count(stage.cfg, number)))
                     state, metrics = stage.run_step(state, batch, stage.teacher, count)
                 pending.push(number + 1, metrics)
                 if (number + 1) % cfg.checkpoint_every == 0 or number + 1 == steps:
