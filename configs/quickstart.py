@@ -1,9 +1,10 @@
 """From nothing to a table on real data: VoCo and VisionZip on easy-VQA.
 
-    python train.py --config=configs/quickstart.py --workdir=/tmp/quickstart
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Two CPU cores, about 13 minutes. A vision transformer and a language model of three layers each are trained together
-(stage "base"), then VoCo tokens and average pooling + linear from that checkpoint with the vision tower frozen.
+Two CPU cores; a quarter of an hour where nothing else runs. A vision tower of four layers (the language model reads the
+third) learns to tell captions apart (stage "clip"); a language model of three layers learns to answer from it ("base");
+then VoCo tokens and average pooling + linear start from that checkpoint. The tower is frozen after its own stage.
 Expect an upper bound above 95 % and VoCo with one token close to it; the README shows a whole table.
 """
 
