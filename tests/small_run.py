@@ -1,5 +1,6 @@
 """What the tests of the entries share: a data set of a few pictures, the tiny recipe on it, and ways to start it."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -102,9 +103,18 @@ def config_file(cfg, path):
     return path
 
 
-def start(arguments, *, code=None, devices=1, **env):
-    """Run a command of the repository in a process of its own; `code` runs Python text instead of a file."""
+def start(arguments, *, code=None, devices=1, log=None, **env):
+    """Run a command of the repository in a process of its own.
+
+    `code` is Python text to run instead of a file; `log` is a file for standard error instead of a pipe.
+    """
     python = [sys.executable, *(["-c", code] if code else [])]
+    errors = contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("w")
+    with errors as stderr:
+        return _popen(python, arguments, devices, stderr, env)
+
+
+def _popen(python, arguments, devices, stderr, env):
     return subprocess.Popen(
         [*python, *map(str, arguments)],
         cwd=ROOT,
@@ -117,12 +127,16 @@ def start(arguments, *, code=None, devices=1, **env):
             **env,
         },
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
 
 def finish(process, timeout=400):
-    """(exit code, standard output, standard error)."""
-    out, err = process.communicate(timeout=timeout)
+    """(exit code, standard output, standard error); a process that takes longer is ended."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
     return process.returncode, out, err
