@@ -82,7 +82,7 @@ def stages() -> dict[str, c.StageConfig]:
         ),
         "pooled": c.StageConfig(
             init_from="base",
-            steps=700,
+            steps=1000,
             batch_size=8,
             train=("projector/.*", "llm/.*"),
             method=c.MethodConfig(projector="avgpool_linear", pool_grid=1),

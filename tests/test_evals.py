@@ -4,11 +4,14 @@ import collections
 import json
 
 import easy_vqa
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokzip_jax.evals import retention, scoring, table
+from tokzip_jax.config import MethodConfig, ModelConfig
+from tokzip_jax.evals import retention, runner, scoring, table
 
 # VoCo-LLaMA, tables 1 and 2: GQA MMB MME POPE SEED SQA-I VQAv2, and the mean retention that the paper prints.
 UPPER = [61.1, 64.0, 1487.2, 85.0, 57.9, 66.5, 77.7]
@@ -148,6 +151,22 @@ def test_a_span_under_five_points_has_no_value():
     assert retention.mean_retention([0.5], lower=[0.5], upper=[0.5]) is None
     with pytest.raises(ValueError, match="2 scores need as many bounds"):
         retention.mean_retention([0.5, 0.5], lower=[0.1], upper=[0.9])
+
+
+def test_what_is_drawn_for_a_picture_does_not_depend_on_its_batch(monkeypatch):
+    """Every example has its own key, whatever its place and its neighbours; seeds differ."""
+    monkeypatch.setattr(runner.step, "score_step", lambda *_, key, **__: jax.random.key_data(key))
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    run = runner._scorer.__wrapped__(ModelConfig(), MethodConfig(), 1, 1, mesh)
+
+    def keys(examples, seed=0):
+        batch = {"example": np.array(examples, np.int32), **dict.fromkeys(runner.MODEL_INPUTS, 0)}
+        return dict(zip(examples, map(tuple, np.asarray(run({}, batch, 0, 1, jax.random.key(seed))).tolist())))
+
+    first, second = keys([0, 1, 2, 3]), keys([3, 9, -1, 1])
+    assert (first[1], first[3]) == (second[1], second[3])
+    assert len({*first.values(), *second.values()}) == 6
+    assert not {*first.values()} & {*keys([0, 1, 2, 3], seed=1).values()}
 
 
 def test_with_bounds_fills_every_row():

@@ -80,6 +80,19 @@ def test_accumulation_changes_no_gradient():
             tiny.close(summed[name], value)
 
 
+def test_every_part_draws_on_its_own(monkeypatch):
+    """What is random in a step (selection, dropped tokens) is drawn anew in each of its parts."""
+
+    def drawn(cfg, stage, params, batch, *, key, **_):
+        return {"ce": jax.random.uniform(key) + 0 * jnp.sum(params["voco"]["table"])}
+
+    monkeypatch.setattr(step, "loss_terms", drawn)
+    options = {"teacher": None, "voco_count": K, "key": KEY, "max_targets": 8}
+    _, metrics = step.gradients(CFG, stage(4), tiny.params(), BATCH, **options)
+    lots = [float(jax.random.uniform(key)) for key in jax.random.split(KEY, 4)]
+    assert float(metrics["ce"]) == pytest.approx(sum(lots) / 15)
+
+
 terms = jax.jit(
     lambda stage, params, batch, teacher, count: step.loss_terms(
         CFG, stage, params, batch, teacher=teacher, voco_count=count, key=KEY, max_targets=8

@@ -243,6 +243,18 @@ def test_encoder_site_and_projector_change_the_number_of_slots():
     assert shapes.visual.tokens_BMD.shape == (4, 6, CFG.llm.width) and shapes.hidden_BTD.shape == (4, 16 + 5, 16)
 
 
+def test_a_picture_is_selected_from_by_its_own_key():
+    """A key a row: what is kept of a picture does not depend on its batch; one row's pictures draw on their own."""
+    method = MethodConfig(encoder="random", tokens=5)
+    pictures = tiny.images(3, 2)
+    keys = jax.random.split(jax.random.key(7), 3)
+    run = jax.jit(lambda pictures, keys: vlm.encode(CFG, tiny.params(), pictures, method, keys)[0].position_BM)
+    found = np.asarray(run(pictures, keys)).reshape(3, 2, 5)
+    order = np.array([2, 0, 1])
+    np.testing.assert_array_equal(np.asarray(run(pictures[order], keys[order])).reshape(3, 2, 5), found[order])
+    assert len({tuple(place) for place in found.reshape(6, 5).tolist()}) == 6
+
+
 def test_dropped_tokens():
     """All of a share of the pictures lose tokens, never all of them, in every number; what was invalid stays so."""
     valid = np.ones((600, 16), bool)

@@ -1,6 +1,7 @@
 """How a stage of a recipe begins: its parameters, its optimiser and, for a KL term, its teacher."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,7 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
 
     def keys() -> Array:
         """The stage's keys for its first parameters and for its steps, whatever the order in which stages run."""
-        return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), sum(map(ord, name))))
+        return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), zlib.crc32(name.encode())))
 
     params = shapes(cfg, stage.method.projector)
     tx, schedule = optim.make_optimizer(stage.optim, stage.steps, params, stage.train)

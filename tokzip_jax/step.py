@@ -159,7 +159,7 @@ def gradients(
     parts = stage.optim.accumulate
     count = jnp.maximum(jnp.sum(batch["supervised"] & (batch["sample"] > 0)), 1).astype(jnp.float32)
 
-    def loss_fn(trained: Params, part: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(trained: Params, part: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         terms = loss_terms(
             cfg,
             stage,
@@ -175,17 +175,18 @@ def gradients(
 
     grad = jax.grad(loss_fn, has_aux=True)
     if parts == 1:
-        grads, metrics = grad(trained, batch)
+        grads, metrics = grad(trained, batch, key)
     else:
         # Every part takes rows from everywhere, so that a batch sharded over devices stays where it is.
         cut = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch)
-        shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda leaf: leaf[0], cut))
+        keys = jax.random.split(key, parts)
+        shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda leaf: leaf[0], cut), key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        def add(sums: Any, part: dict[str, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, grad(trained, part)), None
+        def add(sums: Any, part: tuple[dict[str, Array], Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, grad(trained, *part)), None
 
-        (grads, metrics), _ = jax.lax.scan(add, zeros, cut)
+        (grads, metrics), _ = jax.lax.scan(add, zeros, (cut, keys))
     means = {"loss": metrics["loss"], "tokens": count}
     means |= {n: metrics[n] / count for n in ("ce", "kl") if n in metrics}
     if "correct" in metrics:

@@ -72,13 +72,18 @@ def encode(
         cfg, params: the model.
         images: [B, I, H, W, 3], uint8, or floats that are normalised already.
         method: encoder site and projector.
-        key: for random selection; picture n of the flattened [B*I] uses it folded with n.
+        key: for random selection; one key, which picture n of the flattened [B*I] uses folded with n, or B keys, of
+            which picture i of a row uses the row's folded with i.
         summary: also return the CLS token behind the last norm.
 
     Returns:
         Visual tokens [B*I, M, D_llm], and the summary [B*I, D_vit] or None.
     """
     pixels = vit.normalise(images, cfg.dtype) if images.dtype == jnp.uint8 else images.astype(cfg.dtype)
+    if key.ndim:
+        numbers = jnp.arange(images.shape[1])
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        key = fold(key, numbers).reshape(-1)
     encoder = compress.ENCODER[method.encoder]
     found, pooled = vit.features(
         cfg, params["vit"], pixels.reshape(-1, *images.shape[2:]), signals=encoder.signals, summary=summary
@@ -182,7 +187,7 @@ def forward(
         method: what becomes of the pictures.
         table: who sees whom; None = `masks.TABLES[method.voco_mask]`.
         voco_count: VoCo tokens in use, a scalar or [B]; None = all `method.voco` slots.
-        key: for random selection; None = `method.seed`.
+        key: for random selection, one or one a row (see `encode`); None = `method.seed`. Token dropout takes one.
         summary: also return the CLS summary.
         token_dropout: share of the pictures that lose a random part of their tokens, see `drop_tokens`.
     """

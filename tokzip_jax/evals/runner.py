@@ -28,21 +28,24 @@ MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised")
 def _scorer(
     cfg: ModelConfig, method: MethodConfig, questions: int, max_targets: int, mesh: Mesh
 ) -> Callable[..., Array]:
-    # Replicated results can be read on every host.
-    return jax.jit(
-        lambda params, batch, visible, count, key: step.score_step(
+    def score(params: Params, batch: dict[str, Array], visible: Array, count: Array, key: Array) -> Array:
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        # A picture's key is its own: what is drawn for it depends neither on its batch nor on its place there.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["example"])
+        return step.score_step(
             cfg,
             method,
             params,
-            batch,
+            inputs,
             table=visible,
             voco_count=count,
-            key=key,
+            key=keys,
             questions=questions,
             max_targets=max_targets,
-        ),
-        out_shardings=NamedSharding(mesh, P()),
-    )
+        )
+
+    # Replicated results can be read on every host.
+    return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Runner:
     def question_tokens(self) -> int:
         """The mean length of a question, rounded: the text length behind the table's FLOPs."""
         texts = [question for example in self.examples for question in example["questions"]]
-        return round(np.mean([len(line.ids) for line in self.tokenizer.encode_batch(texts)]))
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return round(np.mean([len(line.ids) for line in encoded]))
 
     def load(self, row: RowConfig) -> Params:
         """The parameters that a row is about.
@@ -117,7 +121,8 @@ class Runner:
         tally = scoring.Tally()
         for batch in self.batches():
             # Every host holds the same rows; each device takes its part.
-            inputs = sharding.place(self.mesh, {name: batch[name] for name in MODEL_INPUTS}, "data")
+            inputs = {name: batch[name] for name in (*MODEL_INPUTS, "example")}
+            inputs = sharding.place(self.mesh, inputs, "data")
             max_targets = batch["supervised"].shape[1]
             run = _scorer(self.cfg.model, static, batch["question"].shape[1], max_targets, self.mesh)
             right = np.asarray(run(params, inputs, visible, count, key))
