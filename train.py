@@ -45,7 +45,7 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
         process_count=shares,
     )
     info = {"stage": name, **environment.versions()}
-    with Checkpointer(workdir.checkpoints(name), every=cfg.checkpoint_every, info=info) as saved:
+    with Checkpointer(workdir.checkpoints(name), info=info) as saved:
         done, state = (0, stage.begin()) if saved.latest is None else saved.restore(stage.abstract, data)
         writer.rewind(name, done)
         with Progress(name, done, steps) as progress:
@@ -68,7 +68,7 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
                 pending.push(number + 1, metrics)
                 if (number + 1) % cfg.checkpoint_every == 0 or number + 1 == steps:
                     pending.flush()  # nothing is saved before its loss was seen to be finite
-                    saved.save(number + 1, state, data, force=True)
+                    saved.save(number + 1, state, data)
         saved.finish(steps)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokzip_jax import config as c
-from tokzip_jax import layers, llm, losses, stack, vlm
+from tokzip_jax import generate, layers, llm, losses, stack, vlm
 from tokzip_jax.convert.llava import from_llava
 from tokzip_jax.masks import TABLES
 from tokzip_jax.types import IMAGE_ID, PAD, VOCO_ID
@@ -111,11 +111,11 @@ def score(cfg, params, rows, method):
 @functools.partial(jax.jit, static_argnames=("cfg", "method"))
 def answer(cfg, params, rows, method):
     """The logits behind every prompt, and its greedy continuation."""
-    prompt = vlm.prefill(cfg, params, rows, method, max_new=NEW)
+    prompt = generate.prefill(cfg, params, rows, method, max_new=NEW)
     blocks = stack.unstack(params["llm"]["layers"])
     table = jnp.asarray(TABLES[method.voco_mask])
     # Id -1 ends no row: the official run went on to its eighth token.
-    tokens, _ = vlm.decode(cfg, params, blocks, prompt, max_new=NEW, eos_id=-1, table=table)
+    tokens, _ = generate.decode(cfg, params, blocks, prompt, max_new=NEW, eos_id=-1, table=table)
     return prompt.logits_BV, tokens
 
 

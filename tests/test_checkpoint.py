@@ -47,15 +47,16 @@ def assert_same(a, b):
 
 def test_resume_gives_state_and_next_batch_and_keeps_two(tmp_path):
     data = make_data()
-    with Checkpointer(tmp_path, every=2, info={"model": {"width": 4}}) as checkpoints:
+    with Checkpointer(tmp_path, info={"model": {"width": 4}}) as checkpoints:
         assert checkpoints.latest is None
         for step in range(1, 8):
             next(data)
-            assert checkpoints.save(step, make_state(step), data) == (step % 2 == 0)
+            if step % 2 == 0:
+                checkpoints.save(step, make_state(step), data)
         following = [next(data) for _ in range(3)]  # while the last save may still be running
     assert sorted(child.name for child in tmp_path.iterdir() if child.name.isdigit()) == ["4", "6"]
     again = make_data()
-    with Checkpointer(tmp_path, every=2) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         step, state = checkpoints.restore(jax.eval_shape(make_state), again)
     assert step == checkpoints.latest == 6
     assert_same(state, make_state(6))
@@ -64,10 +65,9 @@ def test_resume_gives_state_and_next_batch_and_keeps_two(tmp_path):
     assert read_info(tmp_path) == {"model": {"width": 4}}
 
 
-def test_the_last_step_is_saved_once_and_marked(tmp_path):
-    with Checkpointer(tmp_path, every=2) as checkpoints:
-        assert checkpoints.save(3, make_state(3), force=True)
-        assert not checkpoints.save(3, make_state(3), force=True)
+def test_the_last_step_is_marked(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(3, make_state(3))
         assert finished(tmp_path) is None
         checkpoints.finish(3)
     assert finished(tmp_path) == 3
@@ -75,9 +75,9 @@ def test_the_last_step_is_saved_once_and_marked(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(tmp_path):
-    with Checkpointer(tmp_path, every=1) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, make_state())
-    with Checkpointer(tmp_path, every=1) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         wider = jax.eval_shape(lambda: make_state(width=5))
         with pytest.raises(ValueError, match=r"/1 is of another model: ") as error:
             checkpoints.restore(wider)
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_model_is_one_sentence(tmp_path):
 
 
 def test_missing_and_additional_leaves_are_named(tmp_path):
-    with Checkpointer(tmp_path, every=1) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, {"a": jnp.ones(2), "b": jnp.ones(3)})
         checkpoints.finish(1)
         with pytest.raises(ValueError, match=r"c is missing there, \(4,\) here; b is \(3,\) there, missing here"):
@@ -96,7 +96,7 @@ def test_missing_and_additional_leaves_are_named(tmp_path):
 
 def test_nothing_there_is_one_sentence(tmp_path):
     run = tmp_path / "run"
-    with Checkpointer(run, every=1) as new, pytest.raises(FileNotFoundError, match=r"in .*run; train first"):
+    with Checkpointer(run) as new, pytest.raises(FileNotFoundError, match=r"in .*run; train first"):
         new.restore(jax.eval_shape(make_state))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*run: .*complete step"):
         load_params(run, {})
@@ -116,7 +116,7 @@ def test_parameters_alone(tmp_path):
 
 
 def test_parameters_out_of_a_training(tmp_path):
-    with Checkpointer(tmp_path, every=1) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1))
         checkpoints.save(2, make_state(2))
     assert_same(load_params(tmp_path, {"llm": make_state().params["llm"]}), {"llm": make_state(2).params["llm"]})
@@ -133,7 +133,7 @@ SAVER = """
 import sys
 import jax.numpy as jnp
 from tokzip_jax.checkpoint import Checkpointer
-with Checkpointer(sys.argv[1], every=1) as checkpoints:
+with Checkpointer(sys.argv[1]) as checkpoints:
     start = 0 if checkpoints.latest is None else checkpoints.restore({"x": jnp.zeros((64, 64))})[0]
     for step in range(start + 1, 10**6):
         checkpoints.save(step, {"x": jnp.full((64, 64), float(step))})
@@ -158,7 +158,7 @@ def test_kill_leaves_the_checkpoint_before_usable(tmp_path):
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
         assert started[0] > done  # it went on where it was
-        with Checkpointer(tmp_path, every=1) as checkpoints:
+        with Checkpointer(tmp_path) as checkpoints:
             step, state = checkpoints.restore({"x": jnp.zeros((64, 64))})
         # A save begins only when the one before it is complete, so at most the last one is lost.
         assert step >= started[-1] - 1
@@ -167,13 +167,13 @@ def test_kill_leaves_the_checkpoint_before_usable(tmp_path):
 
 
 def test_an_unfinished_step_is_ignored(tmp_path):
-    with Checkpointer(tmp_path, every=1) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1))
     torn = tmp_path / "2.orbax-checkpoint-tmp" / "state"
     torn.mkdir(parents=True)
     (torn / "_METADATA").write_text(json.dumps({}))
     (tmp_path / "0").mkdir()  # a step that was being deleted
-    with Checkpointer(tmp_path, every=1) as checkpoints:
+    with Checkpointer(tmp_path) as checkpoints:
         assert checkpoints.restore(jax.eval_shape(make_state))[0] == 1
     (tmp_path / "7").mkdir()
     assert_same(load_params(tmp_path, make_state().params), make_state(1).params)

@@ -6,15 +6,15 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 from small_run import ROOT, build_data, finish, load_file, one_stage, quick_compiles, start, tiny
 
-from tokzip_jax import config_io, metrics
+from tokzip_jax import config_io, entry, metrics
 from tokzip_jax.checkpoint import Checkpointer, save_params
 from tokzip_jax.config import MeshConfig, MethodConfig
-from tokzip_jax.entry import NotFinite
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.workdir import Workdir
 
@@ -95,6 +95,16 @@ def test_a_missing_data_set(data_dir, tmp_path, monkeypatch):
     assert f"{tmp_path / 'nothing' / 'llava.json'} does not exist" in message and "data.data_dir" in message
 
 
+def test_only_what_we_say_ourselves_goes_without_its_traceback():
+    for function, argument in ((json.loads, "{"), (Path.read_text, Path("no/file"))):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            function(argument)
+        assert not entry._said_by_us(error.value)
+    with pytest.raises(FileNotFoundError) as error:
+        Workdir(Path("no/run")).read_config()
+    assert entry._said_by_us(error.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -119,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     cfg = one_stage(dataclasses.replace(cfg, rows=tiny(data_dir).rows), steps=6)
     optim = dataclasses.replace(cfg.stages["base"].optim, learning_rate=1e30, warmup_steps=2)
     cfg = change(cfg, "stages.base.optim", optim)
-    with pytest.raises(NotFinite, match=r"stage 'base', step \d: (loss|grad_norm) is (nan|inf)") as error:
+    with pytest.raises(entry.NotFinite, match=r"stage 'base', step \d: (loss|grad_norm) is (nan|inf)") as error:
         train.run(cfg, Workdir(tmp_path))
     last = metrics.read_metrics(tmp_path)[-1]  # written although it was not its turn
     values = [float(last[name]) for name in ("loss", "grad_norm")]

@@ -146,18 +146,29 @@ def test_long_conversations_are_cut(folder, caplog):
     assert "1 of 2 conversations are cut at data.text_length = 230" in caplog.text
 
 
-def test_missing_pictures(folder, caplog):
+def test_missing_and_broken_pictures(folder, caplog):
+    """Left out and listed; what was decoded once is not decoded again until it changes."""
+    whole = (folder / "images" / "a.png").read_bytes()
+    entries = json.loads((folder / "llava.json").read_text())
+    (folder / "images" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "llava.json").write_text(json.dumps([*entries, entry(TURNS, id="cut", image="half.png")]))
     assert len(sources.load(config(folder), "train")) == 2
-    (line,) = (folder / "skipped.jsonl").read_text().splitlines()
-    assert json.loads(line) == {
-        "split": "train", "image_id": "gone", "file": "b.png", "reason": "the file is missing"
-    } 
-    assert "1 of 3 pictures are missing" in caplog.text
+    missing, cut = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    assert missing == {"split": "train", "image_id": "gone", "file": "b.png", "reason": "the file is missing"}
+    assert (cut["image_id"], cut["file"]) == ("cut", "half.png") and cut["reason"]
+    assert "2 of 4 entries are left out for their picture" in caplog.text
+    (line,) = (folder / "checked.txt").read_text().splitlines()
+    assert line.startswith(f"a.png\t{len(whole)}\t")
+    (folder / "images" / "half.png").write_bytes(whole)
+    (folder / "images" / "a.png").write_bytes(b"no picture")
+    assert len(sources.load(config(folder), "train")) == 2  # now the other one
     (folder / "skipped.jsonl").unlink()
     (folder / "skipped.jsonl").mkdir()  # stands in for a folder that cannot be written to
+    (folder / "checked.txt").unlink()
+    (folder / "checked.txt").mkdir()
     assert len(sources.load(config(folder), "train")) == 2
     assert "the first is" in caplog.text and "b.png" in caplog.text
-    with pytest.raises(ValueError, match=r"data\.on_error = 'raise'.*b\.png is missing"):
+    with pytest.raises(ValueError, match=r"data\.on_error = 'raise'.*a\.png cannot be used: cannot identify"):
         sources.load(config(folder, on_error="raise"), "train")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tokzip_jax import optim
 from tokzip_jax.config import OptimConfig
-from tokzip_jax.paths import flatten, path_tree
+from tokzip_jax.paths import flatten
 
 PARAMS = {
     "vit": {
@@ -35,10 +35,6 @@ def run(cfg, patterns, grads=GRADS, steps=10, updates=1):
         change, state = update(grads, state, params)
         params = optax.apply_updates(params, change)
     return flatten(params), flatten(state), schedule
-
-
-def test_paths():
-    assert path_tree(PARAMS)["vit"]["layers"]["0"]["attn"]["q"]["w"] == "vit/layers/0/attn/q/w"
 
 
 def test_schedule():

@@ -118,6 +118,9 @@ def test_terms_of_the_loss():
     tiny.close(found["ce"], -student[np.arange(15), label].sum(), atol=1e-4)
     tiny.close(found["correct"], (student.argmax(axis=-1) == label).sum())
     tiny.close(found["kl"], (np.exp(teacher) * (teacher - student)).sum(), atol=1e-4)
+    # A teacher that knows no VoCo token, such as a converted LLaVA, teaches the same.
+    plain = {name: part for name, part in tiny.params(1).items() if name not in ("voco", "contrast")}
+    tiny.close(terms(stage(kl=1.0), tiny.params(), BATCH, plain, np.int32(K))["kl"], found["kl"])
 
 
 FEW = dataclasses.replace(stage(kl=1.0, contrast=1.0), method=MethodConfig(encoder="uniform", tokens=5, voco=8))

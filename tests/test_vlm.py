@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import compress, llm, vlm
+from tokzip_jax import compress, generate, llm, vlm
 from tokzip_jax.config import MethodConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.types import IMAGE_ID, PAD, TEXT, VISION, VOCO, VOCO_ID, VisualTokens
@@ -182,7 +182,7 @@ def test_rows_stop_at_their_end():
 
 
 prefill = jax.jit(
-    lambda params, batch: vlm.prefill(CFG, params, batch, tiny.METHOD, max_new=6, voco_count=jnp.int32(K))
+    lambda params, batch: generate.prefill(CFG, params, batch, tiny.METHOD, max_new=6, voco_count=jnp.int32(K))
 )
 
 
@@ -193,14 +193,14 @@ def test_room_may_be_left_over_but_not_missing():
     np.testing.assert_array_equal(tokens, decoded(ROWS)[0])
     for max_new in (0, 7):
         with pytest.raises(ValueError, match=f"max_new={max_new} does not fit the 6 free slots behind the prompt"):
-            vlm.decode(CFG, tiny.params(), (), prompt, max_new=max_new, eos_id=2, table=TABLES["voco"])
+            generate.decode(CFG, tiny.params(), (), prompt, max_new=max_new, eos_id=2, table=TABLES["voco"])
 
 
 def test_sampling_needs_a_key():
     prompt = prefill(tiny.params(), rows(ROWS, 11))
     for options in ({"temperature": 1.0}, {"temperature": -1.0, "key": jax.random.key(0)}):
         with pytest.raises(ValueError, match="needs a value >= 0, and a key"):
-            vlm.decode(CFG, tiny.params(), (), prompt, max_new=1, eos_id=2, table=TABLES["voco"], **options)
+            generate.decode(CFG, tiny.params(), (), prompt, max_new=1, eos_id=2, table=TABLES["voco"], **options)
 
 
 @functools.partial(jax.jit, static_argnums=2)

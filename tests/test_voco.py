@@ -30,7 +30,7 @@ def ids_of(questions, left=False):
 
 build = jax.jit(voco.build, static_argnums=(0, 3), static_argnames="positions")
 compact = jax.jit(functools.partial(voco.compact, LLM))
-ask = jax.jit(voco.ask, static_argnums=0, static_argnames=("max_new", "voco_mask"))
+ask = jax.jit(voco.ask, static_argnums=0, static_argnames="max_new")
 
 
 def caches(name, count, positions="original", left=False):
@@ -40,10 +40,10 @@ def caches(name, count, positions="original", left=False):
     return compact(cache) if positions == "compact" else cache
 
 
-def stage_two(cache, questions=QUESTIONS, name="voco", left=False):
+def stage_two(cache, questions=QUESTIONS, left=False):
     """Logits behind the last text token of every row, from the cache."""
     ids = ids_of(questions, left)
-    return ask(CFG, tiny.params(), cache, ids, max_new=5, voco_mask=name).logits_BV
+    return ask(CFG, tiny.params(), cache, ids, max_new=5).logits_BV
 
 
 def one_pass(name, count, questions=QUESTIONS, left=False):
@@ -58,7 +58,7 @@ def one_pass(name, count, questions=QUESTIONS, left=False):
 def test_two_stages_are_one_masked_pass(name, left):
     """For every k, and for pictures with and without prefix and separator."""
     for count in range(1, 9):
-        found = stage_two(caches(name, count, left=left), name=name, left=left)
+        found = stage_two(caches(name, count, left=left), left=left)
         tiny.close(found, one_pass(name, count, left=left), atol=1e-4)
 
 
@@ -83,7 +83,7 @@ def test_compacting_without_rotating_is_another_model():
 def test_compacting_moves_a_visible_prefix_nearer():
     """So it is another model where more than the VoCo tokens of one picture is kept; with no prefix there is no gap."""
     exact = one_pass("prefix_visible", 3)
-    found = stage_two(caches("prefix_visible", 3, "compact"), name="prefix_visible")
+    found = stage_two(caches("prefix_visible", 3, "compact"))
     differ = np.abs(np.asarray(found) - np.array(exact)).max(axis=1)
     assert differ[:3].min() > 1e-3 and differ[3] < 1e-4
 
@@ -210,6 +210,7 @@ def test_file(tmp_path, dtype):
     found = voco.load(tmp_path / "picture.safetensors", LLM)
     assert found.k.dtype == jnp.dtype(dtype) and found.kind.dtype == jnp.int32
     jax.tree.map(np.testing.assert_array_equal, found, cache)
+    assert found.voco_mask == "voco"
 
 
 def test_files_that_are_none(tmp_path):
@@ -238,5 +239,10 @@ def test_what_cannot_be_is_one_sentence():
         voco.build(CFG, {}, batch, tiny.METHOD, positions="packed")
     with pytest.raises(ValueError, match="give at least one frame"):
         voco.join(LLM, [])
+    with pytest.raises(ValueError, match="different masks, prefix_visible and voco; use one"):
+        voco.join(LLM, [caches("voco", 2), caches("prefix_visible", 2)])
+    packed = tiny.batch([[tiny.PICTURE, (tiny.PICTURE, {"sample": 2})]], 6, count=2)
+    with pytest.raises(ValueError, match=r"several samples .* reads one a row"):
+        voco.build(CFG, tiny.params(), packed, tiny.METHOD)
     with pytest.raises(ValueError, match=r"2 questions need as many cache rows, not 4: use cache.take"):
         voco.ask(CFG, {}, caches("voco", 2), ids_of(QUESTIONS[:2]), max_new=5)

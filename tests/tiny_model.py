@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokzip_jax import llm, stack, vlm
+from tokzip_jax import generate, llm, stack, vlm
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.paths import map_with_path
 from tokzip_jax.types import IMAGE_ID, VOCO_ID
@@ -95,7 +95,7 @@ def close(found, expected, atol=2e-5):
 @functools.partial(jax.jit, static_argnames=("cfg", "method", "max_new", "temperature"))
 def answer(params, batch, table, voco_count, eos_id, *, cfg=MODEL, method=METHOD, max_new=5, temperature=0.0, key=None):
     """One-pass prefill and decode: (tokens [B, max_new], how many [B])."""
-    prompt = vlm.prefill(cfg, params, batch, method, max_new=max_new, table=table, voco_count=voco_count)
+    prompt = generate.prefill(cfg, params, batch, method, max_new=max_new, table=table, voco_count=voco_count)
     return continued(params, prompt, table, eos_id, cfg, max_new, temperature, key)
 
 
@@ -103,4 +103,4 @@ def continued(params, prompt, table, eos_id, cfg=MODEL, max_new=5, temperature=0
     """Decode behind a prompt."""
     blocks = stack.unstack(params["llm"]["layers"])
     options = {"max_new": max_new, "eos_id": eos_id, "table": table, "temperature": temperature, "key": key}
-    return vlm.decode(cfg, params, blocks, prompt, **options)
+    return generate.decode(cfg, params, blocks, prompt, **options)

@@ -28,17 +28,15 @@ class Checkpointer:
         directory: where they are, one subdirectory a step.
     """
 
-    def __init__(self, directory: str, *, every: int, keep: int = 2, info: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, directory: str, *, keep: int = 2, info: Mapping[str, Any] | None = None) -> None:
         """Open (or create) a directory of checkpoints; use as a context manager, which waits for running saves.
 
         Args:
             directory: where they go.
-            every: `save` acts on multiples of this.
             keep: how many of the latest ones stay.
             info: JSON kept with every checkpoint: model config, version of the code.
         """
         self.directory = _path(directory)
-        self._every = every
         self._info = json.loads(json.dumps(info or {}))
         self._manager = ocp.training.Checkpointer(
             self.directory,
@@ -57,8 +55,8 @@ class Checkpointer:
         """The last step that was saved completely, or None."""
         return None if self._manager.latest is None else self._manager.latest.step
 
-    def save(self, step: int, state: Any, data: Any = None, *, force: bool = False) -> bool:
-        """Save in the background if it is time.
+    def save(self, step: int, state: Any, data: Any = None) -> None:
+        """Save in the background.
 
         Arrays and the iterator's position are copied before this returns, so training may go on at once.
 
@@ -66,16 +64,9 @@ class Checkpointer:
             step: steps done.
             state: pytree of arrays.
             data: a Grain iterator, whose position is saved with the state.
-            force: save at any step; a step that is there already is left alone.
-
-        Returns:
-            Whether a save was started.
         """
-        if (step % self._every and not force) or any(found.step == step for found in self._manager.checkpoints):
-            return False
         parts = {"state": state} | ({} if data is None else {"data": data})
         self._manager.save_checkpointables_async(step, parts, force=True, custom_metadata=self._info)
-        return True
 
     def restore(self, abstract: Any, data: Any = None) -> tuple[int, Any]:
         """The latest checkpoint.

@@ -1,6 +1,9 @@
 """What the entries share: how a command line begins, and how it ends when something is wrong."""
 
+import pathlib
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -39,7 +42,8 @@ def start(cfg: RunConfig) -> Mesh:
 def main(run: Callable[[], None]) -> None:
     """Parse the flags and run; what the user can mend ends in one sentence and exit code 1, without a traceback.
 
-    `--verbosity=1` shows the traceback as well.
+    An error that some other package raised, through our code, is ours to mend and keeps its traceback. `--verbosity=1`
+    shows it in every case.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -51,7 +55,18 @@ def main(run: Callable[[], None]) -> None:
         try:
             run()
         except (ValueError, FileNotFoundError, ModuleNotFoundError, NotFinite) as error:
+            if not _said_by_us(error):
+                traceback.print_exc()
             logging.debug("traceback", exc_info=True)
             sys.exit(f"error: {error}")
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def _said_by_us(error: BaseException) -> bool:
+    """Whether an error was raised by this package, an entry or a config, and not inside another package."""
+    raised = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if raised.is_relative_to(pathlib.Path(__file__).parent):
+        return True
+    others = (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    return not any(raised.is_relative_to(place) for place in others)

@@ -14,11 +14,6 @@ def slash_path(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def path_tree(tree: Any) -> Any:
-    """The same tree with every leaf replaced by its slash path."""
-    return jax.tree_util.tree_map_with_path(lambda keys, _: slash_path(keys), tree)
-
-
 def map_with_path(function: Callable[[str, Any], T], tree: Any) -> Any:
     """The tree of `function(path, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: function(slash_path(keys), leaf), tree)

@@ -19,6 +19,8 @@ from tokzip_jax.workdir import Workdir
 
 # What an earlier checkpoint need not hold: it is made fresh, and the log says so.
 FRESH = ("projector/.*", "voco/.*", "contrast/.*")
+# What the uncompressed model never reads.
+UNREAD = ("voco/.*", "contrast/.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +95,11 @@ def _teacher(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Workdir) -
     if stage.loss.kl == 0:
         return None
     projector = cfg.stages[stage.init_from].method.projector if stage.init_from in cfg.stages else "mlp2x_gelu"
-    params = sharding.abstract_like(mesh, shapes(cfg, projector))
-    return checkpoint.load_params(_source(workdir, cfg, stage.init_from), params)
+    source = _source(workdir, cfg, stage.init_from)
+    abstract = flatten(sharding.abstract_like(mesh, shapes(cfg, projector)))
+    # It reads the picture and no VoCo token: a converted LLaVA, which knows none, will do.
+    lacking = checkpoint.absent(source, abstract, UNREAD)
+    return checkpoint.load_params(source, step.nest({p: leaf for p, leaf in abstract.items() if p not in lacking}))
 
 
 def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:

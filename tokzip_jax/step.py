@@ -1,4 +1,7 @@
-"""One training step and one scoring step; the loss stands two calls from the entry."""
+"""One training step and one scoring step.
+
+`train_step` calls `gradients`, and that differentiates `loss_terms`: nothing else stands between entry and loss.
+"""
 
 import dataclasses
 import re
@@ -101,8 +104,8 @@ def loss_terms(
     frozen = None
     if wanted.kl > 0:
         (projector,) = teacher["projector"]
-        plain = dataclasses.replace(stage.method, voco_mask="visible", encoder="none", projector=projector)
-        # Same slots, VoCo ones turned into padding: the uncompressed model, as if no VoCo token stood there.
+        # The uncompressed model, which need not know VoCo tokens.
+        plain = dataclasses.replace(stage.method, voco=0, voco_mask="visible", encoder="none", projector=projector)
         whole = vlm.forward(cfg, teacher, batch, plain, voco_count=0, key=key)
         seen, _, _ = losses.targets(whole.layout, max_targets)
         frozen = (losses.pick(whole.hidden_BTD, seen), head(cfg, teacher))

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from tokzip_jax import layers, llm, vlm
+from tokzip_jax import generate, layers, llm, vlm
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig
 from tokzip_jax.layout import text_stream
 from tokzip_jax.masks import TABLES, rule
 from tokzip_jax.types import PAD, PREFIX, TEXT, VOCO, Array, Params, TokenStream
 
 POLICIES = ("original", "compact")
-FORMAT = "tokzip_jax voco cache 1"
+FORMAT = "tokzip_jax voco cache 2"
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,7 @@ class VocoCache:
         k, v: [L, B, K, m, H]; k is rotated to `position`.
         kind, segment, position: [B, m] int32; a slot that is not used is PAD.
         next_position: [B] int32, the id of the first text token.
+        voco_mask: a name of `masks.TABLES`, under which it was built and has to be read (static).
     """
 
     k: Array
@@ -49,6 +50,7 @@ class VocoCache:
     segment: Array
     position: Array
     next_position: Array
+    voco_mask: str = dataclasses.field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +61,7 @@ class VocoCache:
         """The caches of the given rows, repeated as often as they are named: one picture, many questions."""
         rows = jnp.asarray(rows)
         ints = {n: getattr(self, n)[rows] for n in ("kind", "segment", "position", "next_position")}
-        return VocoCache(k=self.k[:, rows], v=self.v[:, rows], **ints)
+        return dataclasses.replace(self, k=self.k[:, rows], v=self.v[:, rows], **ints)
 
 
 def build(
@@ -75,13 +77,14 @@ def build(
 
     Args:
         cfg, params: the model.
-        batch: rows as in `vlm.forward`; text behind the VoCo tokens may be there and is not read.
+        batch: rows as in `vlm.forward`, one sample each; text behind the VoCo tokens may be there and is not read.
         method: with `voco` >= 1 and a mask under which text does not see vision.
         positions: "original" or "compact", see above.
         voco_count: VoCo tokens in use; None = all slots.
 
     Raises:
-        ValueError: a mask that would have to keep the vision tokens, no VoCo slots, or an unknown policy.
+        ValueError: a mask that would have to keep the vision tokens, no VoCo slots, an unknown policy, or several
+            samples packed into a row (not seen under jit, where the integers are not known).
     """
     if method.voco_mask == "visible" or method.voco < 1:
         raise ValueError(
@@ -89,14 +92,16 @@ def build(
             "two-stage inference needs voco >= 1 and the mask 'voco' or 'prefix_visible'"
         )
     _check_policy(positions)
-    table = jnp.asarray(TABLES[method.voco_mask])
+    sample = batch["sample"]
+    if not isinstance(sample, jax.core.Tracer) and sample.max() > 1:
+        raise ValueError("a row holds several samples (batch['sample'] > 1): two-stage inference reads one a row")
     count = method.voco if voco_count is None else voco_count
     x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=jax.random.key(method.seed))
     stream = _without_text(slots.stream)
-    _, kv = llm.run_layers(cfg, params["llm"]["layers"], x, stream, table, keep=True)
+    _, kv = llm.run_layers(cfg, params["llm"]["layers"], x, stream, jnp.asarray(TABLES[method.voco_mask]), keep=True)
     prefix = batch["ids"].shape[1] if method.voco_mask == "prefix_visible" else 0
     keep = method.voco * batch["images"].shape[1] + prefix
-    cache = _gather(kv["k"], kv["v"], stream, table, min(keep, stream.kind.shape[1]))
+    cache = _gather(kv["k"], kv["v"], stream, method.voco_mask, min(keep, stream.kind.shape[1]))
     return compact(cfg.llm, cache) if positions == "compact" else cache
 
 
@@ -109,12 +114,12 @@ def _without_text(stream: TokenStream) -> TokenStream:
     return dataclasses.replace(stream, kind=jnp.where(stream.kind == TEXT, PAD, stream.kind))
 
 
-def _gather(k: Array, v: Array, stream: TokenStream, table: Array, keep: int) -> VocoCache:
+def _gather(k: Array, v: Array, stream: TokenStream, voco_mask: str, keep: int) -> VocoCache:
     """The slots that a text token behind the row would see, in their order, in `keep` static slots."""
     zero = jnp.zeros_like(stream.kind)
     last = zero + 2**30
     reader = TokenStream(kind=zero + TEXT, segment=zero, thread=zero, sample=zero + 1, position=zero, order=last)
-    seen = rule(reader, stream, table)
+    seen = rule(reader, stream, jnp.asarray(TABLES[voco_mask]))
     index = jnp.argsort(~seen, axis=1, stable=True)[:, :keep]
 
     def of(values: Array) -> Array:
@@ -130,6 +135,7 @@ def _gather(k: Array, v: Array, stream: TokenStream, table: Array, keep: int) ->
         segment=jnp.where(used, of(stream.segment), 0),
         position=jnp.where(used, of(stream.position), 0),
         next_position=jnp.max(jnp.where(real, stream.position + 1, 0), axis=1),
+        voco_mask=voco_mask,
     )
 
 
@@ -163,16 +169,19 @@ def join(
 
     Args:
         llm_cfg: the language model's config.
-        caches: with the same batch size, one a frame.
+        caches: with the same batch size and mask, one a frame.
         positions: "compact" or "original".
         text_length: tokens that will follow, for the check of the context limit.
 
     Raises:
-        ValueError: no frames, an unknown policy, or more positions than `max_positions`.
+        ValueError: no frames, frames of different masks, an unknown policy, or more positions than `max_positions`.
     """
     _check_policy(positions)
     if not caches:
         raise ValueError("no caches to join: give at least one frame")
+    masks = sorted({cache.voco_mask for cache in caches})
+    if len(masks) > 1:
+        raise ValueError(f"the caches to join were built under different masks, {' and '.join(masks)}; use one")
     parts, offset = [], jnp.zeros_like(caches[0].next_position)
     for number, cache in enumerate(caches, start=1):
         kind = cache.kind if number == 1 else jnp.where(cache.kind == PREFIX, PAD, cache.kind)
@@ -187,7 +196,7 @@ def join(
     check_context(llm_cfg, offset, text_length)
     ints = {n: jnp.concatenate([getattr(p, n) for p in parts], axis=1) for n in ("kind", "segment", "position")}
     k, v = (jnp.concatenate([getattr(p, n) for p in parts], axis=3) for n in ("k", "v"))
-    return VocoCache(k=k, v=v, next_position=offset, **ints)
+    return dataclasses.replace(caches[0], k=k, v=v, next_position=offset, **ints)
 
 
 def check_context(llm_cfg: LlmConfig, next_position: Array, text_length: int) -> None:
@@ -213,18 +222,16 @@ def ask(
     ids: Array,
     *,
     max_new: int,
-    voco_mask: str = "voco",
     blocks: tuple[Params, ...] | None = None,
-) -> vlm.Prompt:
-    """Stage two: read questions into a copy of the cache; continue with `vlm.decode`.
+) -> generate.Prompt:
+    """Stage two: read questions into a copy of the cache; continue with `generate.decode`.
 
     Args:
         cfg, params: the model.
         cache: one row a question (see `VocoCache.take`).
         ids: [B, T] int32 text ids, 0 = padding on either side.
         max_new: free slots left for the answer.
-        voco_mask: the mask that the cache was built for.
-        blocks: the layers out of `stack.unstack`, which `vlm.decode` needs and which read a short question faster.
+        blocks: the layers out of `stack.unstack`, which `generate.decode` needs and which read a short question faster.
 
     Raises:
         ValueError: cache and questions of different batch sizes, or past the context limit.
@@ -242,14 +249,16 @@ def ask(
     )
     filled = llm.extend(llm.KvCache(k=cache.k, v=cache.v, stream=kept_stream), ids.shape[1] + max_new)
     x = params["llm"]["embed"]["table"].astype(cfg.dtype)[ids]
-    table = jnp.asarray(TABLES[voco_mask])
-    return vlm.read(cfg, params, x, text, table, cache=filled, offset=kept, blocks=blocks)
+    table = jnp.asarray(TABLES[cache.voco_mask])
+    return generate.read(cfg, params, x, text, table, cache=filled, offset=kept, blocks=blocks)
 
 
 def save(path: str | pathlib.Path, cache: VocoCache, llm_cfg: LlmConfig) -> None:
     """Write a cache as a safetensors file that knows which shape of language model it belongs to."""
     tensors = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-    save_file(tensors, str(path), metadata={"format": FORMAT, "llm": json.dumps(dataclasses.asdict(llm_cfg))})
+    voco_mask = tensors.pop("voco_mask")
+    shape = json.dumps(dataclasses.asdict(llm_cfg))
+    save_file(tensors, str(path), metadata={"format": FORMAT, "llm": shape, "voco_mask": voco_mask})
 
 
 def load(path: str | pathlib.Path, llm_cfg: LlmConfig) -> VocoCache:
@@ -274,4 +283,4 @@ def load(path: str | pathlib.Path, llm_cfg: LlmConfig) -> VocoCache:
     different = [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
     if different:
         raise ValueError(f"{path} was written by another language model: {', '.join(different)}")
-    return VocoCache(**tensors)
+    return VocoCache(**tensors, voco_mask=found["voco_mask"])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokzip_jax import llm, stack, vlm, voco
+from tokzip_jax import generate, llm, stack, voco
 from tokzip_jax.bench.report import Report
 from tokzip_jax.bench.timing import CLOCKS, Case, interleave, ratio, rows_of, spread
 from tokzip_jax.bench.weights import random_weights
@@ -126,12 +126,12 @@ def _reading(cfg: ModelConfig, params: Params, blocks: tuple[Params, ...], args:
     stream = _row([VISION] * args.visual + [TEXT] * args.text, args.batch)
 
     @jax.jit
-    def full(params: Params, visual: Array, ids: Array, blocks: Any) -> vlm.Prompt:
+    def full(params: Params, visual: Array, ids: Array, blocks: Any) -> generate.Prompt:
         text = params["llm"]["embed"]["table"].astype(cfg.dtype)[ids]
         x = jnp.concatenate([visual, text], axis=1)
         cache = llm.empty_cache(cfg, args.batch, x.shape[1])
         table = jnp.asarray(TABLES["visible"])
-        return vlm.read(cfg, params, x, stream, table, cache=cache, offset=0, blocks=blocks)
+        return generate.read(cfg, params, x, stream, table, cache=cache, offset=0, blocks=blocks)
 
     shape = (cfg.llm.layers, args.batch, cfg.llm.kv_heads, args.voco, cfg.llm.head_dim)
     kept = jax.random.normal(jax.random.key(4), shape, jnp.dtype(cfg.dtype))
@@ -143,6 +143,7 @@ def _reading(cfg: ModelConfig, params: Params, blocks: tuple[Params, ...], args:
         segment=row.segment,
         position=row.position + args.visual,
         next_position=jnp.full(args.batch, args.visual + args.voco, jnp.int32),
+        voco_mask="voco",
     )
     ask = jax.jit(partial(voco.ask, cfg, max_new=0))
     return {

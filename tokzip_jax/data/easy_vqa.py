@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
 from tokzip_jax.data.rows import Rows, question_rows
+from tokzip_jax.data.transforms import check_picture
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLORS = frozenset({"black", "gray", "red", "blue", "green", "yellow", "teal", "brown"})
@@ -198,23 +199,6 @@ def questions_package() -> ModuleType:
             "the data set easy_vqa is not built under data.data_dir, and the package it is built from is missing: "
             "run `pip install easy-vqa==1.0`, or point data.data_dir at a built data set"
         ) from None
-
-
-def check_picture(path: Path) -> tuple[bytes, str]:
-    """Read and decode a picture.
-
-    Returns:
-        Its encoded bytes, and "" or the reason why it cannot be used.
-    """
-    try:
-        encoded = path.read_bytes()
-        with Image.open(io.BytesIO(encoded)) as picture:
-            picture.convert("RGB")  # decodes to the end; opening alone reads the header only
-    except FileNotFoundError:
-        return b"", "the file is missing"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return b"", " ".join(str(error).replace(str(path), path.name).split())
-    return encoded, ""
 
 
 def question_type(answer: str) -> str:

@@ -4,23 +4,29 @@ The JSON is a list of {"id", "image" (left out for a text-only entry), "conversa
 "value"}, ...]}. There is one split, "train".
 """
 
+import contextlib
 import json
 import logging
+import os
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from tokzip_jax.config import DataConfig
 from tokzip_jax.data.rows import Rows, RowWriter
 from tokzip_jax.data.tokenizer import BOS_ID, EOS_ID
+from tokzip_jax.data.transforms import check_picture
 from tokzip_jax.types import IMAGE_ID, VOCO_ID
 
-JSON_NAME, IMAGES_NAME, SKIPPED = "llava.json", "images", "skipped.jsonl"
+JSON_NAME, IMAGES_NAME, SKIPPED, CHECKED = "llava.json", "images", "skipped.jsonl", "checked.txt"
 MARKER = "<image>"
 CHUNK = 1024  # conversations that are tokenised at once
+_decoded: set[str] = set()  # lines of `checked.txt` that this process found to be so
 
 # The system sentence of Vicuna v1; VoCo-LLaMA puts in `of the image` where there is one.
 SYSTEM = (
@@ -63,8 +69,7 @@ class LlavaSource:
         """The picture, uint8 [H, W, 3], or None.
 
         Raises:
-            ValueError: it cannot be decoded. Opening hundreds of thousands of pictures just to check them would take
-                hours, so this comes late; it is never replaced by another one.
+            ValueError: it cannot be decoded any more; when the data set was opened it could (see `load`).
         """
         name = self._entries[index].get("image")
         if name is None:
@@ -135,12 +140,12 @@ class LlavaSource:
 
 
 def load(cfg: DataConfig, split: str, *, voco_layout: bool = True) -> LlavaSource:
-    """Open `cfg.data_dir`; entries whose picture is missing are left out and listed in `skipped.jsonl`.
+    """Open `cfg.data_dir`; entries whose picture is missing or broken are left out and listed in `skipped.jsonl`.
 
     Raises:
         FileNotFoundError: `llava.json` or `images/` is not there.
         ValueError: another split than "train", no tokenizer given, an entry that is no conversation, or
-            `cfg.on_error == "raise"` and a picture is missing.
+            `cfg.on_error == "raise"` and a picture is missing or broken.
     """
     if split != "train":
         raise ValueError(f"{cfg.name} has no split {split!r}; the only one is 'train'")
@@ -178,25 +183,69 @@ def _check(entry: Any, index: int, path: Path) -> None:
 
 
 def _with_pictures(entries: list[dict[str, Any]], folder: Path, on_error: str) -> list[dict[str, Any]]:
-    """The entries whose picture exists, or that need none."""
+    """The entries whose picture can be decoded, or that need none."""
+    names = list(dict.fromkeys(entry["image"] for entry in entries if entry.get("image") is not None))
+    reasons = _check_pictures(names, folder)
+    if reasons and on_error == "raise":
+        name = next(name for name in names if name in reasons)
+        raise ValueError(
+            f"data.on_error = 'raise': the picture {folder / IMAGES_NAME / name} cannot be used: {reasons[name]}"
+        )
     kept, lines = [], []
     for index, entry in enumerate(entries):
         name = entry.get("image")
-        if name is None or (folder / IMAGES_NAME / name).is_file():
+        if name not in reasons:
             kept.append(entry)
             continue
-        if on_error == "raise":
-            raise ValueError(f"data.on_error = 'raise': the picture {folder / IMAGES_NAME / name} is missing")
-        skipped = {"split": "train", "image_id": str(entry.get("id", index)), "file": name}
-        lines.append(json.dumps({**skipped, "reason": "the file is missing"}) + "\n")
+        skipped = {"split": "train", "image_id": str(entry.get("id", index)), "file": name, "reason": reasons[name]}
+        lines.append(json.dumps(skipped) + "\n")
     if lines:
         where = f"see {folder / SKIPPED}"
         try:
             (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
         except OSError as error:  # data is often mounted read-only; the run can go on without the list
             where = f"the first is {lines[0].strip()} (no list of them: {error})"
-        logging.warning("%d of %d pictures are missing, %s", len(lines), len(entries), where)
+        logging.warning("%d of %d entries are left out for their picture, %s", len(lines), len(entries), where)
     return kept
+
+
+def _check_pictures(names: list[str], folder: Path) -> dict[str, str]:
+    """{name: why it cannot be used} of the pictures that cannot be.
+
+    Every picture is decoded once, which for an instruction mix takes a while (some milliseconds each, on all cores),
+    and then remembered in `checked.txt` in the folder, by name, size and time; where that cannot be written, in this
+    process only.
+    """
+    marks = {name: _mark(folder / IMAGES_NAME / name) for name in names}
+    lines = {name: f"{name}\t{mark}" for name, mark in marks.items() if mark}
+    good = set(_decoded)
+    if (folder / CHECKED).is_file():
+        good.update((folder / CHECKED).read_text(encoding="utf-8").splitlines())
+    unknown = [name for name in lines if lines[name] not in good]
+    reasons = {name: "the file is missing" for name in names if not marks[name]}
+    if not unknown:
+        return reasons
+    paths = [folder / IMAGES_NAME / name for name in unknown]
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda path: check_picture(path)[1], paths)
+        found = list(tqdm(found, "checking pictures", len(paths), disable=len(paths) < CHUNK))
+    reasons.update((name, reason) for name, reason in zip(unknown, found) if reason)
+    good = {lines[name] for name in lines if name not in reasons}
+    _decoded.update(good)
+    beside = folder / f"{CHECKED}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        beside.write_text("".join(f"{line}\n" for line in sorted(good)), encoding="utf-8")
+        beside.replace(folder / CHECKED)
+    return reasons
+
+
+def _mark(path: Path) -> str:
+    """Size and time of a file, "" where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size}\t{found.st_mtime_ns}"
 
 
 def _plain(text: str) -> tuple[str, int]:

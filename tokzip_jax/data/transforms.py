@@ -1,10 +1,30 @@
-"""What happens to a picture on the host: square, then the size that the vision tower reads."""
+"""What happens to a picture on the host: decoded once to see that it can be, square, then the vision tower's size."""
+
+import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 # CLIP's mean colour in 8 bits, int(255 * mean), as LLaVA pads with it.
 MEAN_COLOR = (122, 116, 104)
+
+
+def check_picture(path: Path) -> tuple[bytes, str]:
+    """Read and decode a picture.
+
+    Returns:
+        Its encoded bytes, and "" or the reason why it cannot be used.
+    """
+    try:
+        encoded = path.read_bytes()
+        with Image.open(io.BytesIO(encoded)) as picture:
+            picture.convert("RGB")  # decodes to the end; opening alone reads the header only
+    except FileNotFoundError:
+        return b"", "the file is missing"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return b"", " ".join(str(error).replace(str(path), path.name).split())
+    return encoded, ""
 
 
 def pad_to_square(image: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ class Runner:
             )
         abstract = flatten(recipe.shapes(self.cfg, row.method.projector))
         # Parameters from elsewhere may know no VoCo tokens; scoring never reads the contrastive head.
-        lacking = absent(directory, abstract, ("voco/.*", "contrast/.*")) if self.checkpoint else []
+        lacking = absent(directory, abstract, recipe.UNREAD) if self.checkpoint else []
         wanted = step.nest({path: leaf for path, leaf in abstract.items() if path not in lacking})
         return load_params(directory, sharding.abstract_like(self.mesh, wanted))
 
