@@ -148,6 +148,21 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """The drawn data sets `scenes` and `clips`; another setting is another data set with files of its own."""
+
+    difficulty: str = "medium"  # "easy", "medium" or "hard": see tokzip_jax.data.shapes.LEVELS
+    size: int = 64  # side of a picture in pixels
+    seed: int = 0
+    train: int = 20000  # pictures or clips of each split
+    validation: int = 1000
+    test: int = 2000
+    questions: int = 8  # the most questions about one of them
+    frames: int = 6  # of a clip
+    frame_order: str = "true"  # what is read of a clip: "true", "shuffled" or "middle" (that frame alone); no new files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The data set and how rows are made of it."""
 
@@ -162,6 +177,7 @@ class DataConfig:
     caption_length: int = 16
     workers: int = 0  # Grain worker processes
     on_error: str = "skip"  # a picture that cannot be decoded: "skip" (listed in skipped.jsonl) or "raise"
+    scenes: ScenesConfig = ScenesConfig()  # read by `scenes` and `clips`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokzip_jax import attention, compress, layers, layout, masks, stack, vlm
 from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RunConfig, StageConfig
+from tokzip_jax.data import shapes
 from tokzip_jax.projectors import PROJECTORS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -172,8 +173,25 @@ def _data(data: DataConfig, model: ModelConfig) -> None:
     # BOS, the two placeholders of every image, and at least question, answer and end of one question.
     _at_least("data.text_length", data.text_length, 1 + 2 * data.images + 3)
     _within("data.targets", data.targets, 0, data.text_length)
+    _scenes(data)
     if not data.tokenizer:
         _within("data.vocab_size", data.vocab_size, 5, model.llm.vocab_size)
+
+
+def _scenes(data: DataConfig) -> None:
+    """Settings of the drawn data sets; checked whichever data set is read, since a typing error is one anyway."""
+    scenes, frames = data.scenes, data.scenes.frames
+    _one_of("data.scenes.difficulty", scenes.difficulty, list(shapes.LEVELS))
+    _one_of("data.scenes.frame_order", scenes.frame_order, ("true", "shuffled", "middle"))
+    _within("data.scenes.size", scenes.size, 32, 1024)  # below, shapes cannot be told apart
+    _within("data.scenes.frames", frames, 3, 32)
+    _at_least("data.scenes.seed", scenes.seed, 0)
+    for name in ("train", "validation", "test", "questions"):
+        _at_least(f"data.scenes.{name}", getattr(scenes, name), 1)
+    _require(
+        data.name != "clips" or scenes.frame_order == "middle" or data.images >= frames,
+        f"data.images = {data.images} is too small for clips of data.scenes.frames = {frames}; give {frames}",
+    )
 
 
 def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:

@@ -15,13 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
-from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
-from tokzip_jax.data.rows import Rows, question_rows
+from tokzip_jax.data import built
+from tokzip_jax.data.built import BuiltSource
 from tokzip_jax.data.transforms import check_picture
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -108,57 +106,14 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
             file.write(json.dumps(entry) + "\n")
 
 
-class EasyVqaSource:
-    """One split in memory (about 2 MB of encoded pictures and texts); pictures are decoded when asked for.
-
-    `source[i]` is an example as `sources.load` describes it, `source.text(i)` the same without its picture, and
-    `source.image(i)` only the picture.
-    """
-
-    def __init__(self, encoded: list[bytes], texts: list[dict[str, Any]]):
-        self._encoded = encoded
-        self._texts = texts
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.image(index), **self.text(index)}
-
-    def text(self, index: int) -> dict[str, Any]:
-        """The example without its picture."""
-        return self._texts[index]
-
-    def image(self, index: int) -> np.ndarray:
-        """The picture, uint8 [H, W, 3]."""
-        return np.asarray(Image.open(io.BytesIO(self._encoded[index])).convert("RGB"))
-
-    def rows(self, tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
-        """Rows of packed questions, see `rows.question_rows`."""
-        return question_rows([self.text(i) for i in range(len(self))], tokenizer, cfg)
-
-
-def load(cfg: DataConfig, split: str) -> EasyVqaSource:
+def load(cfg: DataConfig, split: str) -> BuiltSource:
     """Open one split, building the data set first where it is not built yet (a few seconds).
 
     Raises:
         ValueError: no such split, or `cfg.on_error == "raise"` and a picture cannot be used.
         ModuleNotFoundError: neither the data set nor the package that it is built from is there.
     """
-    builder = build(cfg)
-    if split not in builder.info.splits:
-        raise ValueError(f"easy_vqa has no split {split!r}; choose one of {', '.join(sorted(builder.info.splits))}")
-    encoded, texts = [], []
-    for record in builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}):
-        encoded.append(record["image"])
-        texts.append(
-            {
-                "image_id": record["image_id"].decode(),
-                **{key: [text.decode() for text in record[key]] for key in ("questions", "answers", "types")},
-                "caption": record["caption"].decode(),
-            }
-        )
-    return EasyVqaSource(encoded, texts)
+    return BuiltSource(*built.read(build(cfg), split))
 
 
 def build(cfg: DataConfig) -> EasyVqa:
@@ -168,16 +123,12 @@ def build(cfg: DataConfig) -> EasyVqa:
         ValueError: `cfg.on_error == "raise"` and a picture cannot be used, or could not when the data set was built.
         ModuleNotFoundError: neither the data set nor the package that it is built from is there.
     """
-    builder = EasyVqa(data_dir=cfg.data_dir or None, on_error=cfg.on_error)
-    if not builder.data_path.exists():
+    def make() -> EasyVqa:
+        return EasyVqa(data_dir=cfg.data_dir or None, on_error=cfg.on_error)
+
+    if not make().data_path.exists():
         questions_package()  # before any file is made
-        try:
-            builder.download_and_prepare()
-        except OSError:
-            # Another process may have finished the same folder in the meantime; then its result is as good as ours.
-            builder = EasyVqa(data_dir=cfg.data_dir or None, on_error=cfg.on_error)
-            if not builder.data_path.exists():
-                raise
+    builder = built.prepare(make)
     skipped = builder.data_path / SKIPPED
     if skipped.exists():
         count = len(skipped.read_text().splitlines())

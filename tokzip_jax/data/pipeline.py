@@ -115,10 +115,11 @@ def _in_order(make: "partial[Batch]", rows: Rows, batch_size: int) -> Iterator[B
 
 
 def make_row(source: sources.Source, rows: Rows, index: int, *, images: int, image_size: int) -> Batch:
-    """One row of a batch: its tokens, and its picture in the first of the `images` places (zeros elsewhere)."""
+    """One row of a batch: its tokens, and its pictures in the first of the `images` places (zeros elsewhere)."""
     row = rows.row(index)
     row["images"] = np.zeros((images, image_size, image_size, 3), np.uint8)
     picture = source.image(int(rows.example[index]))
     if picture is not None:
-        row["images"][0] = fit_image(picture, image_size)
+        frames = picture if picture.ndim == 4 else picture[None]
+        row["images"][: len(frames)] = [fit_image(frame, image_size) for frame in frames]
     return row

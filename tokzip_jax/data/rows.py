@@ -12,7 +12,7 @@ from tokzip_jax.config import DataConfig
 from tokzip_jax.data.tokenizer import BOS_ID, EOS_ID
 from tokzip_jax.types import IMAGE_ID, VOCO_ID
 
-PREFIX = (BOS_ID, IMAGE_ID, VOCO_ID)
+PICTURE = (IMAGE_ID, VOCO_ID)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,33 +130,40 @@ class RowWriter:
 def question_rows(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
     """Pack the questions of each picture into as few rows as hold them, in their order; none is lost or repeated.
 
-    A row is [BOS][IMAGE][VOCO], then for every question its tokens, the answer's and EOS, a thread each. A picture
-    without questions has no row.
+    A row is [BOS][IMAGE][VOCO], with [IMAGE][VOCO] once for every frame of a video, then for every question its tokens,
+    the answer's and EOS, a thread each. A picture without questions has no row.
 
     Args:
-        texts: "image_id", "questions", "answers" and "caption" of every example.
+        texts: "image_id", "questions", "answers" and "caption" of every example, and "frames" where it is not 1.
         tokenizer: anything with BOS and EOS at ids 1 and 2.
-        cfg: reads `text_length`, `questions`, `caption_length`.
+        cfg: reads `text_length`, `images`, `questions`, `caption_length`.
 
     Raises:
-        ValueError: a question that does not fit into a row of its own, or a caption longer than `caption_length`.
+        ValueError: a question that does not fit into a row of its own, a caption longer than `caption_length`, or more
+            frames than `images`.
     """
     questions = iter(_encode(tokenizer, [question for text in texts for question in text["questions"]]))
     answers = iter(_encode(tokenizer, [answer for text in texts for answer in text["answers"]]))
-    room = cfg.text_length - len(PREFIX)
     writer = RowWriter(cfg.text_length)
     for example, text in enumerate(texts):
+        frames = text.get("frames", 1)
+        if frames > cfg.images:
+            raise ValueError(
+                f"data.images = {cfg.images} is too small for example {text['image_id']}, which has {frames} pictures"
+            )
+        prefix = (BOS_ID, *PICTURE * frames)
+        room = cfg.text_length - len(prefix)
         left, thread = 0, 0  # no room, so that the first question opens a row
         for number, question, answer in zip(range(len(text["questions"])), questions, answers):
             length = len(question) + len(answer) + 1
             if length > room:
                 raise ValueError(
                     f"data.text_length = {cfg.text_length} is too short for question {number} of picture "
-                    f"{text['image_id']}, which needs {length + len(PREFIX)}"
+                    f"{text['image_id']}, which needs {length + len(prefix)}"
                 )
             if length > left or thread == cfg.questions > 0:
                 writer.open(example, number)
-                writer.add(PREFIX, [False] * len(PREFIX))
+                writer.add(prefix, [False] * len(prefix))
                 left = room
             left -= length
             thread = writer.question()

@@ -8,15 +8,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
-from tokzip_jax.data import easy_vqa, llava_json
+from tokzip_jax.data import clips, easy_vqa, llava_json, scenes
 from tokzip_jax.data.rows import Rows
 
 
 class Source(Protocol):
     """A split with random access.
 
-    `source[i]` is {"image": uint8 [H, W, 3] or None, "image_id": str, "questions": list[str], "answers": list[str],
-    "types": list[str], "caption": str}.
+    `source[i]` is {"image": uint8 [H, W, 3], [F, H, W, 3] or None, "image_id": str, "questions": list[str],
+    "answers": list[str], "types": list[str], "caption": str}. An example of F pictures (the frames of a video, in
+    time order) also says "frames": F; drawn data sets add "facts": JSON, what the pictures show.
     """
 
     def __len__(self) -> int:
@@ -29,7 +30,7 @@ class Source(Protocol):
         """Example `index` without its picture."""
 
     def image(self, index: int) -> np.ndarray | None:
-        """The picture of example `index`, uint8 [H, W, 3]; None where it has none."""
+        """The picture of example `index`, uint8 [H, W, 3], or its frames [F, H, W, 3]; None where it has none."""
 
     def rows(self, tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
         """The rows of all examples, in order."""
@@ -39,6 +40,8 @@ SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "easy_vqa": easy_vqa.load,
     "llava_json": llava_json.load,
     "llava_json_system_first": partial(llava_json.load, voco_layout=False),
+    "scenes": scenes.load,
+    "clips": clips.load,
 }
 
 
