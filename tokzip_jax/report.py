@@ -70,7 +70,8 @@ def _first_pictures(runner: Runner, count: int) -> dict[str, np.ndarray]:
 # Replicated results can be read in every process.
 @functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=P())
 def _encode(cfg: ModelConfig, params: Params, images: Array, method: MethodConfig) -> VisualTokens:
-    return vlm.encode(cfg, params, images, method, jax.random.key(method.seed))[0]
+    # A row may hold the frames of a video; the first one is drawn.
+    return vlm.encode(cfg, params, images[:, :1], method, jax.random.key(method.seed))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=P())

@@ -42,7 +42,7 @@ class Thing:
 
     Attributes:
         shape, color: of `SHAPES` and `COLORS`.
-        x, y: its centre.
+        x, y: its centre of mass.
         size: diameter of its circle.
         depth: 0 is furthest behind; no two things of a picture share one.
     """
@@ -105,7 +105,7 @@ def _outlines() -> dict[str, np.ndarray]:
     corners = {
         "circle": ring(40, 1.0),
         "square": ring(4, 0.88 * math.sqrt(2), 0.5),
-        "triangle": [(0.0, -1.05), (1.1, 0.85), (-1.1, 0.85)],
+        "triangle": [(0.0, -1.25), (1.1, 0.65), (-1.1, 0.65)],
         "diamond": ring(4, 1.12),
         "cross": [(cos * x - sin * y, sin * x + cos * y) for cos, sin in turns for x, y in quarter],
         "star": [point for pair in zip(spikes, notches) for point in pair],
