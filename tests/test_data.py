@@ -243,7 +243,9 @@ def test_epochs_are_permutations(built, tok):
 def test_processes_share_an_epoch(built, tok):
     rows = len(sources.load(built, "train").rows(tok, built))
     whole = keys(take(train(built, tok), rows))
-    shares = [keys(take(train(built, tok, process_index=i, process_count=3), len(range(i, rows, 3)))) for i in range(3)]
+    shares = [
+        keys(take(train(built, tok, process_index=i, process_count=3), len(range(i, rows, 3)))) for i in range(3)
+    ]
     assert shares == [whole[i::3] for i in range(3)]
     with pytest.raises(ValueError, match=f"has {rows} rows, fewer than the 99 processes"):
         train(built, tok, process_count=99)

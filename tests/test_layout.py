@@ -191,7 +191,9 @@ def expected_slots(batch, valid, count, total):
         chain = [
             j
             for j in range(i)
-            if out[j]["kind"] != PAD and out[j]["sample"] == slot["sample"] and out[j]["thread"] in (0, slot["thread"])
+            if out[j]["kind"] != PAD
+            and out[j]["sample"] == slot["sample"]
+            and out[j]["thread"] in (0, slot["thread"])
         ]
         slot.update(position=len(chain), previous=chain[-1] if chain else -1)
         slot["supervised"] = slot["supervised"] and bool(chain)

@@ -141,7 +141,9 @@ def hold(x, table, held, weights, text):
     cache = llm.KvCache(**jax.tree.map(lambda leaf: leaf[:, :, :, :text], fixed), stream=first(SLOTS.stream, text))
     after = jax.tree.map(lambda leaf: leaf[:, text:], SLOTS.stream)
     cache, after = llm.write_stream(llm.extend(cache, x.shape[1] - text), after, text)
-    hidden, _ = llm.run_layers(CFG, tiny.params()["llm"]["layers"], x[:, text:], after, table, cache=cache, offset=text)
+    hidden, _ = llm.run_layers(
+        CFG, tiny.params()["llm"]["layers"], x[:, text:], after, table, cache=cache, offset=text
+    )
     logits = llm.logits(CFG, tiny.params()["llm"], hidden)
     return jnp.sum(jnp.where((after.kind == TEXT)[:, :, None], logits * weights, 0))
 

@@ -132,7 +132,9 @@ def absent(path: str, params: Any, fresh: Sequence[str] = ()) -> list[str]:
     place = _resolve(path)
     stored, _ = _stored_params(place)
     wanted = flatten(params)
-    missing = [name for name in wanted if name not in stored and any(re.fullmatch(pattern, name) for pattern in fresh)]
+    missing = [
+        name for name in wanted if name not in stored and any(re.fullmatch(pattern, name) for pattern in fresh)
+    ]
     _check(place, stored, {name: leaf for name, leaf in wanted.items() if name not in missing}, exact=False)
     return missing
 

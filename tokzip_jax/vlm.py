@@ -1,6 +1,6 @@
 """The vision-language model: pictures and text in, hidden states, logits or answers out.
 
-image -> vit -> encoder-site compressor -> projector -> splice with text and VoCo tokens -> llm -> logits
+    image -> vit -> encoder-site compressor -> projector -> splice with text and VoCo tokens -> llm -> logits
 """
 
 import dataclasses
@@ -159,7 +159,9 @@ def embed(
     visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary)
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
-    slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
+    slots = layout.expand(
+        batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count
+    )
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
     return splice(cfg, params, slots, flat), slots, visual, pooled
 

@@ -87,17 +87,14 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
                 self._skip({"split": split, "image_id": str(image_id), "file": path.name, "reason": reason})
                 continue
             pairs = by_image[image_id]
-            yield (
-                image_id,
-                {
-                    "image": io.BytesIO(encoded),  # bytes: an array would be encoded by TensorFlow
-                    "image_id": str(image_id),
-                    "questions": [question for question, _ in pairs],
-                    "answers": [answer for _, answer in pairs],
-                    "types": [question_type(answer) for _, answer in pairs],
-                    "caption": caption(*facts(pairs)),
-                },
-            )
+            yield image_id, {
+                "image": io.BytesIO(encoded),  # bytes: an array would be encoded by TensorFlow
+                "image_id": str(image_id),
+                "questions": [question for question, _ in pairs],
+                "answers": [answer for _, answer in pairs],
+                "types": [question_type(answer) for _, answer in pairs],
+                "caption": caption(*facts(pairs)),
+            }
 
     def _skip(self, entry: dict[str, str]) -> None:
         if self._on_error == "raise":
@@ -156,7 +153,7 @@ def questions_package() -> ModuleType:
 
 
 def question_type(answer: str) -> str:
-    """ "yes/no", "shape" or "color", by what the answer is; "other" for an answer that easy-VQA does not have."""
+    """"yes/no", "shape" or "color", by what the answer is; "other" for an answer that easy-VQA does not have."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "color" if answer in COLORS else "other"
