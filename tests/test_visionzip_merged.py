@@ -35,9 +35,10 @@ def loop(tokens, score, keys, place, dominant, contextual, merge):
         if merge == "paper":
             out[target] = tokens[[target, *members]].mean(axis=0)
     position = sorted([*kept, *groups])
-    source = [
-        position.index(next(t for t in [*kept, *groups] if g == t or g in groups.get(t, ()))) for g in range(number)
-    ]
+    source = [0] * number
+    for slot, g in enumerate(position):
+        for member in [g, *groups.get(g, ())]:
+            source[member] = slot
     return position, [1 + len(groups.get(g, ())) for g in position], out[position], source
 
 

@@ -7,12 +7,44 @@ pass. `ENCODER` gives those that stand between vision tower and projector one si
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tokzip_jax.compress.cdpruner import cdpruner
+from tokzip_jax.compress.dart import dart
+from tokzip_jax.compress.divprune import divprune
+from tokzip_jax.compress.downsample import downsample, resize_positions
+from tokzip_jax.compress.holov import holov
+from tokzip_jax.compress.mmtok import mmtok
 from tokzip_jax.compress.pool import average_pool
+from tokzip_jax.compress.relevance import question_relevance, question_similarity
+from tokzip_jax.compress.restore import restore, restore_bias
+from tokzip_jax.compress.scope import scope
 from tokzip_jax.compress.select import check_tokens, everything, random, uniform
 from tokzip_jax.compress.visionzip import check_budget, visionzip
+from tokzip_jax.compress.visionzip_merged import visionzip_merged
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
-__all__ = ["ENCODER", "Encoder", "average_pool", "check", "everything", "random", "uniform", "visionzip"]
+__all__ = [
+    "ENCODER",
+    "Encoder",
+    "average_pool",
+    "cdpruner",
+    "check",
+    "dart",
+    "divprune",
+    "downsample",
+    "everything",
+    "holov",
+    "mmtok",
+    "question_relevance",
+    "question_similarity",
+    "random",
+    "resize_positions",
+    "restore",
+    "restore_bias",
+    "scope",
+    "uniform",
+    "visionzip",
+    "visionzip_merged",
+]
 
 
 class Encoder(NamedTuple):
