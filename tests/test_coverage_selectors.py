@@ -39,7 +39,7 @@ def scope_loop(x, saliency, tokens, alpha, combine):
     return chosen
 
 
-@pytest.mark.parametrize(("alpha", "combine"), [(1.0, "multiply"), (0.5, "multiply"), (1.0, "add")])
+@pytest.mark.parametrize(("alpha", "combine"), [(0.5, "multiply"), (1.0, "add")])
 def test_scope_equals_the_loop(alpha, combine):
     result = scope(FEATURES, SALIENCY, tokens=7, alpha=alpha, combine=combine)
     expected = [scope_loop(x, s, 7, alpha, combine) for x, s in zip(FEATURES, SALIENCY, strict=True)]

@@ -79,7 +79,13 @@ def test_positions_of_the_same_grid_and_without_a_prefix():
 
 def test_a_tower_reads_the_smaller_picture_with_resized_positions():
     cfg = VitConfig(image_size=12, patch_size=2, width=4, layers=1, heads=1, mlp_dim=4)
-    params = vit.init(cfg, jax.random.key(0))
+    norm = {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}
+    params = {
+        "patch": {"kernel": RNG.standard_normal((2, 2, 3, 4)).astype(np.float32)},
+        "cls": np.ones(4, np.float32),
+        "pos": RNG.standard_normal((37, 4)).astype(np.float32),
+        "pre_norm": norm,
+    }
     small = dataclasses.replace(cfg, image_size=8)
     assert check_side(cfg.image_size, small.image_size, cfg.patch_size) == small.grid == 4
     flat = jnp.full((1, 12, 12, 3), 100, jnp.uint8)
