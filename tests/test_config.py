@@ -174,6 +174,7 @@ def test_a_good_config_passes():
 BAD = {
     "model.vit.heads": (3, r"model\.vit\.heads = 3 must divide model\.vit\.width = 16"),
     "model.vit.image_size": (30, r"image_size = 30 must be a multiple of model\.vit\.patch_size = 8"),
+    "model.vit.window": (3, r"model\.vit\.window = 3 must be 0 or divide the 4 patches"),
     "model.vit.feature_layer": (-3, r"feature_layer = -3 must lie between -2 and -1"),
     "model.vit.activation": ("swish", r"activation = 'swish' is unknown; choose one of"),
     "model.llm.kv_heads": (3, r"kv_heads = 3 must divide model\.llm\.heads = 2"),

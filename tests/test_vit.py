@@ -45,7 +45,7 @@ ACTIVATIONS = {
 }
 
 
-def tower(activation="quick_gelu"):
+def tower(activation="quick_gelu", window=4):
     """CLIP's vision tower, block by block: the states (block 0's input first), attention weights, queries and keys."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tiny.params()["vit"])
     side, grid = 8, 4
@@ -64,6 +64,11 @@ def tower(activation="quick_gelu"):
         a = block["attn"]
         q, k, v = (np.einsum("btd,dnh->bnth", y, a[n]["w"]) + a[n]["b"][:, None] for n in ("q", "k", "v"))
         logits = np.einsum("bnth,bnsh->bnts", q, k) / np.sqrt(q.shape[-1])
+        for one, other in np.ndindex(16, 16):
+            if any(a // window != b // window for a, b in zip(divmod(one, 4), divmod(other, 4))):
+                logits[:, :, 1 + one, 1 + other] = -np.inf
+        if window < 4:
+            logits[:, :, 1:, 0] = -np.inf
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         mixed = np.einsum("bnts,bnsh->bnth", weights, v)
@@ -78,11 +83,14 @@ def tower(activation="quick_gelu"):
     return out
 
 
-@pytest.mark.parametrize(("feature_layer", "activation"), [(-2, "quick_gelu"), (-1, "quick_gelu"), (-2, "gelu")])
-def test_features_and_signals_are_those_of_the_naive_tower(feature_layer, activation):
-    cfg = config(feature_layer, activation=activation)
+@pytest.mark.parametrize(
+    ("feature_layer", "activation", "window"),
+    [(-2, "quick_gelu", 0), (-1, "quick_gelu", 0), (-2, "gelu", 0), (-2, "quick_gelu", 2)],
+)
+def test_features_and_signals_are_those_of_the_naive_tower(feature_layer, activation, window):
+    cfg = config(feature_layer, activation=activation, window=window)
     found, pooled = run(cfg, params(cfg), PIXELS)
-    naive = tower(activation)
+    naive = tower(activation, window or 4)
     block = 3 + feature_layer  # whose output the features are
     tiny.close(found.patches_BPD, naive["states"][block + 1][:, 1:])
     tiny.close(found.cls_BD, naive["states"][block + 1][:, 0])
@@ -93,6 +101,32 @@ def test_features_and_signals_are_those_of_the_naive_tower(feature_layer, activa
     # ... and of the last one, heads side by side.
     for name, heads in (("last_queries_BSD", naive["q"][-1]), ("last_keys_BSD", naive["k"][-1])):
         tiny.close(found.signals[name], heads.swapaxes(1, 2).reshape(2, 17, 16))
+
+
+def test_windows_drawn():
+    mask = vit.window_mask(dataclasses.replace(CFG.vit, image_size=16, window=1))
+    assert mask[0].astype(int).tolist() == [
+        [1, 1, 1, 1, 1],
+        [0, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    assert vit.window_mask(CFG.vit) is None
+
+
+def test_a_patch_is_about_its_own_window_and_cls_about_everything():
+    """By gradient: which pixels the features of patch 5 (second row and column of 4 x 4) and of CLS depend on."""
+    cfg = config(window=2)
+
+    def read(pixels):
+        found, _ = vit.features(cfg, params(cfg), pixels)
+        return jnp.sum(jnp.sin(found.patches_BPD[:, 5])), jnp.sum(jnp.sin(found.cls_BD))
+
+    patch, cls = (np.abs(grad).sum(axis=(0, 3)) for grad in jax.jit(jax.jacrev(read))(PIXELS))
+    assert patch[:16, :16].min() > 0 and cls.min() > 0
+    patch[:16, :16] = 0
+    assert not patch.any()
 
 
 def test_cls_attention_leaves_out_the_cls_column_only():

@@ -19,6 +19,7 @@ class VitConfig:
     mlp_dim: int = 4096
     activation: str = "quick_gelu"  # or "gelu" (exact)
     norm_eps: float = 1e-5
+    window: int = 0  # side, in patches, of the windows that patches see one another in; 0 = the whole picture
     feature_layer: int = -2  # whose output the language model reads; Python indexing of the blocks' outputs
 
     @property

@@ -143,6 +143,10 @@ def _model(model: ModelConfig) -> None:
         f"model.vit.image_size = {vit.image_size} must be a multiple of model.vit.patch_size = {vit.patch_size}",
     )
     _require(
+        vit.window == 0 or (vit.window > 0 and vit.grid % vit.window == 0),
+        f"model.vit.window = {vit.window} must be 0 or divide the {vit.grid} patches of a picture's side",
+    )
+    _require(
         vit.width % vit.heads == 0,
         f"model.vit.heads = {vit.heads} must divide model.vit.width = {vit.width}",
     )

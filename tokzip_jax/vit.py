@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokzip_jax import layers, stack
 from tokzip_jax.attention import attend, score_rows
@@ -66,6 +67,21 @@ def init(cfg: VitConfig, key: Array, param_dtype: Any = jnp.float32) -> Params:
     }
 
 
+def window_mask(cfg: VitConfig) -> np.ndarray | None:
+    """Who sees whom [1, 1+P, 1+P] (True = sees) in a tower with windows; None where everything sees everything.
+
+    A patch sees the patches of its own window and nothing else, the CLS token sees everything. So what a patch says is
+    about its own surroundings: without windows a small tower writes what a simple picture shows into every one of its
+    patches, and then it does not matter which of them are kept. (Windows without a CLS token: Qwen2.5-VL, arXiv
+    2502.13923, section 2.1.1.)
+    """
+    if not cfg.window:
+        return None
+    row, column = np.divmod(np.arange(cfg.patches), cfg.grid)
+    number = np.concatenate([[-1], row // cfg.window * cfg.grid + column // cfg.window])
+    return (number[:, None] == number[None]) | (number[:, None] == -1)[None]
+
+
 def embed(cfg: VitConfig, params: Params, pixels_BHWC: Array) -> Array:
     """Patches, CLS token, positions and the pre-layernorm: [B, H, W, 3] -> [B, 1+P, D]."""
     batch, side, dtype = pixels_BHWC.shape[0], cfg.patch_size, pixels_BHWC.dtype
@@ -88,6 +104,7 @@ def run_blocks(
     modules = _modules(cfg.vit, cfg.param_dtype)
     batch, length = x_BSD.shape[:2]
     heads, head_dim = cfg.vit.heads, cfg.vit.width // cfg.vit.heads
+    window = window_mask(cfg.vit)
 
     def mix(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
         read = {}
@@ -98,7 +115,7 @@ def run_blocks(
         for name, heads_of in (("last_queries_BSD", q), ("last_keys_BSD", k)):
             if name in signals:
                 read[name] = heads_of.swapaxes(1, 2).reshape(batch, length, -1)
-        return attend(q, k, v, implementation=cfg.attention), read
+        return attend(q, k, v, mask=window, implementation=cfg.attention), read
 
     def body(carry: tuple[Array, Any], block: Params, _: None) -> tuple[tuple[Array, Any], None]:
         x = constrain(carry[0], "data", None, None)
