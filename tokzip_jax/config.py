@@ -56,11 +56,26 @@ class LlmConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """Sizes of the projectors that have sizes of their own; defaults: BLIP-2's Q-Former, InternVL's factor."""
+
+    unshuffle: int = 2  # pixel_unshuffle: side of the block of patches that becomes one token
+    queries: int = 32  # qformer, instructblip, llamavid and mqt (there a square, 256): learned queries
+    width: int = 768  # the Q-Formers' own
+    layers: int = 12
+    heads: int = 12  # also mqt's (16)
+    mlp_dim: int = 3072
+    cross_every: int = 2  # of so many layers the first reads the picture
+    text_length: int = 256  # words of a question that are read, its last ones
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The towers, and what they have in common."""
 
     vit: VitConfig = VitConfig()
     llm: LlmConfig = LlmConfig()
+    projector: ProjectorConfig = ProjectorConfig()
     voco_embeddings: int = 1  # 1: all VoCo tokens share one embedding (official); n: n of their own, the most usable
     contrast_dim: int = 0  # width of the CLS/caption contrastive space; 0 = no contrastive head
     param_dtype: str = "float32"
@@ -80,8 +95,16 @@ class MethodConfig:
     merge: str = "official"  # VisionZip: "official" (target + mean) or "paper" (average)
     targets: str = "official"  # VisionZip: "official" (floor-step) or "even"
     seed: int = 0  # random selection
-    projector: str = "mlp2x_gelu"  # a name of tokzip_jax.vlm.PROJECTORS
-    pool_grid: int = 0  # avgpool_linear: side of the pooled grid (1 = one token)
+    projector: str = "mlp2x_gelu"  # a name of tokzip_jax.projectors.PROJECTORS
+    pool_grid: int = 0  # avgpool_linear, ldpv2: side of the pooled grid (1 = one token; LDPv2's own is 12)
+    factor: int = 0  # pool_linear, pool_mlp, mlp_pool: patches along a side that become one token
+    pool: str = "average"  # the same: "average", "max" or "bilinear"
+    unshuffle_order: str = "v2"  # pixel_unshuffle: "v2" (tokens in raster order) or "v1" (column by column)
+    level: int = 0  # nested_pool: 0 = all patches, each further level halves the side, the last one is one token
+    queries: int = 0  # mqt: how many of the learned queries are used, the first ones; 0 = all
+    mqt_keys: str = "official"  # mqt: "official" (keys are position codes alone) or "paper" (features and codes)
+    draw_budget: bool = False  # nested_pool, mqt, in training: each picture draws a level (queries) up to that set here
+    content_grid: int = 0  # llamavid: side of the content tokens' grid (1 = one token); 0 = every patch
     voco: int = 0  # VoCo slots of an image
     voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from tokzip_jax import attention, compress, layers, layout, masks, stack, vlm
-from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RunConfig, StageConfig
+from tokzip_jax import attention, compress, layers, layout, masks, projectors, stack, vlm
+from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.data import shapes
-from tokzip_jax.projectors import PROJECTORS
+from tokzip_jax.projectors import PROJECTORS, weights_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLATFORMS = ("", "cpu", "gpu", "tpu", "accelerator")
@@ -38,11 +38,7 @@ def validate(cfg: RunConfig) -> None:
             continue
         _one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
         check_method(f"rows.{name}.method", row.method, cfg.model)
-        _require(
-            row.method.projector == cfg.stages[row.stage].method.projector,
-            f"rows.{name}.method.projector = {row.method.projector!r} is not what stage {row.stage!r} trains; it must "
-            f"be {cfg.stages[row.stage].method.projector!r}, or rows.{name}.stage another stage",
-        )
+        _same_projector(f"rows.{name}", row, cfg)
         _fits(f"rows.{name}.method", row.method, cfg)
     _eval(cfg)
 
@@ -79,7 +75,7 @@ def stage_order(cfg: RunConfig) -> list[str]:
 
 def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
     """Check one method against a model; `key` is its dotted place in the config, for the message."""
-    patches, grid = model.vit.patches, model.vit.grid
+    patches = model.vit.patches
     _one_of(f"{key}.encoder", method.encoder, sorted({"none", *compress.ENCODER}))
     _one_of(f"{key}.merge", method.merge, ("official", "paper"))
     _one_of(f"{key}.targets", method.targets, ("official", "even"))
@@ -90,15 +86,7 @@ def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
             compress.check(method.encoder, patches, method.tokens, method.contextual)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-    if method.projector == "avgpool_linear":
-        _require(
-            method.encoder == "none",
-            f"{key}.encoder = {method.encoder!r} breaks the grid that avgpool_linear pools; it must be 'none'",
-        )
-        _require(
-            1 <= method.pool_grid <= grid and grid % method.pool_grid == 0,
-            f"{key}.pool_grid = {method.pool_grid} must be a divisor of the {grid} patches of a side (1 .. {grid})",
-        )
+    projectors.check(key, model, method)
     limit = model.voco_embeddings if model.voco_embeddings > 1 else math.inf
     _require(
         0 <= method.voco <= limit,
@@ -110,6 +98,23 @@ def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
         method.voco > 0 or method.voco_mask == "visible",
         f"{key}.voco = 0 with the VoCo mask {method.voco_mask!r} would hide every picture from the text; "
         "use voco >= 1, or voco_mask='visible'",
+    )
+
+
+def _same_projector(key: str, row: RowConfig, cfg: RunConfig) -> None:
+    """A row has to run on the parameters that its stage trains, and on no more queries than it trains."""
+    method, trained = row.method, cfg.stages[row.stage].method
+    _require(
+        weights_name(method.projector) == weights_name(trained.projector),
+        f"{key}.method.projector = {method.projector!r} is not what stage {row.stage!r} trains; it must "
+        f"be {trained.projector!r}, or {key}.stage another stage",
+    )
+    _require(not method.draw_budget, f"{key}.method.draw_budget = True is for training; a row needs a fixed budget")
+    most = trained.queries or cfg.model.projector.queries
+    _require(
+        method.projector != "mqt" or (method.queries or cfg.model.projector.queries) <= most,
+        f"{key}.method.queries = {method.queries} (0 = all) is more than stage {row.stage!r} trains; it must lie "
+        f"between 1 and {most}",
     )
 
 
@@ -241,6 +246,11 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
 
 
 def _fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:
+    _require(
+        not PROJECTORS[method.projector].question or cfg.data.questions == 1,
+        f"{key}.projector = {method.projector!r} reads the question, and a picture has one set of tokens in a row: "
+        f"data.questions = {cfg.data.questions} must be 1",
+    )
     visual = vlm.visual_slots(cfg.model, method)
     length = layout.slots(cfg.data.text_length, images=cfg.data.images, visual=visual, voco=method.voco)
     _require(

@@ -12,6 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.vlm import visual_slots
 
 
@@ -70,21 +71,19 @@ def vit_flops(vit: VitConfig) -> int:
     return patching + vit.feature_blocks * block
 
 
-def projector_flops(model: ModelConfig, method: MethodConfig) -> int:
-    """FLOPs of the projector for one picture.
+def _encoder_tokens(model: ModelConfig, method: MethodConfig) -> int:
+    return model.vit.patches if method.encoder == "none" else method.tokens
+
+
+def projector_flops(model: ModelConfig, method: MethodConfig, *, text_tokens: int = 0) -> int:
+    """FLOPs of the projector for one picture; `text_tokens` of the question, for those that read it.
 
     Raises:
         ValueError: a projector that this ledger does not know.
     """
-    inner, outer = model.vit.width, model.llm.width
-    per_token = {
-        "mlp2x_gelu": 2 * outer * (inner + outer),
-        "linear": 2 * inner * outer,
-        "avgpool_linear": 2 * inner * outer,  # the pooling itself adds, and multiplies nothing
-    }
-    if method.projector not in per_token:
-        raise ValueError(f"the ledger knows no projector {method.projector!r}; it knows {', '.join(per_token)}")
-    return visual_slots(model, method) * per_token[method.projector]
+    if method.projector not in PROJECTORS:
+        raise ValueError(f"the ledger knows no projector {method.projector!r}; it knows {', '.join(PROJECTORS)}")
+    return PROJECTORS[method.projector].flops(model, method, _encoder_tokens(model, method), text_tokens)
 
 
 def kv_bytes_per_token(llm: LlmConfig, dtype: str) -> int:
@@ -129,12 +128,12 @@ def ledger(
     per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)
     return Ledger(
         patches=model.vit.patches,
-        encoder_tokens=model.vit.patches if method.encoder == "none" else method.tokens,
+        encoder_tokens=_encoder_tokens(model, method),
         visual_tokens=visual,
         voco_tokens=method.voco,
         read_tokens=read,
         vit_flops=vit_flops(model.vit),
-        projector_flops=projector_flops(model, method),
+        projector_flops=projector_flops(model, method, text_tokens=text_tokens),
         picture_flops=picture_flops,
         prefill_flops=llm_flops(
             model.llm, text_tokens if picture_flops is not None else picture + text_tokens, past=past, causal=causal

@@ -118,6 +118,32 @@ def _before_image(is_image: Array, is_voco: Array, sample: Array) -> tuple[Array
     return (seen_images == 0) & coming_images, (seen_images > seen_vocos) & coming_vocos
 
 
+def question(batch: dict[str, Array], length: int) -> tuple[Array, Array]:
+    """What is asked in every row: the last `length` ids of its first question, and which of them are real.
+
+    The text of thread 1 (or 0, where a row is one thread) behind the row's first image and before its first target. Of
+    a conversation that is its first question: a picture has one set of tokens in a row. Rows hold one sample each.
+
+    Args:
+        batch: see `expand`.
+        length: the most ids; a longer question loses its beginning, as in LLaMA-VID.
+
+    Returns:
+        [B, T] int32, on the left, 0 behind the end, and [B, T] bool, with T = min(length, the row's length).
+    """
+    ids, thread = batch["ids"], batch["thread"]
+    here = (batch["sample"] > 0) & (thread <= 1)
+    seen = jnp.cumsum(ids == IMAGE_ID, axis=1) > 0
+    asked = here & seen & (ids > 0) & (jnp.cumsum(batch["supervised"] & here, axis=1) == 0)
+    count = jnp.sum(asked, axis=1, keepdims=True)
+    length = min(length, ids.shape[1])
+    order = jnp.argsort(~asked, axis=1, stable=True)
+    index = jnp.maximum(count - length, 0) + jnp.arange(length)[None]
+    valid = index < count
+    place = jnp.take_along_axis(order, jnp.minimum(index, ids.shape[1] - 1), axis=1)
+    return jnp.where(valid, jnp.take_along_axis(ids, place, axis=1), 0), valid
+
+
 def text_stream(ids: Array, *, thread: int | Array = 0) -> TokenStream:
     """The stream of plain text rows [B, T] (0 = padding), positions and order from 0: what stage two reads."""
     kind = jnp.where(ids > 0, TEXT, PAD).astype(jnp.int32)

@@ -19,6 +19,8 @@ DECAY: tuple[tuple[str, bool], ...] = (
     (r".*/b", False),
     (r"vit/(cls|pos)", False),
     (r"voco/table", False),
+    (r"projector/[^/]+/(query|words|positions)/table", False),
+    (r"projector/[^/]+/(peg|block\d/depthwise)/kernel", True),
     (r"contrast/.*", False),
     (r"vit/patch/kernel", True),
     (r"llm/embed/table", True),

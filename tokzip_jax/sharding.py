@@ -25,17 +25,18 @@ ROOTS = ("vit", "projector", "llm", "voco", "contrast")  # where a parameter's p
 
 # First full match wins. A row gives the mesh axis of every dimension; () = replicated. Stacked parameters have a layer
 # axis in front, which is never split: the scan over layers would gather it again at every step.
-_STACK = r"(vit|llm)/layers/\d+/"
+# (A Q-Former's stack is one of groups of layers, the first of which reads the picture.)
+_STACK = r"(vit|llm|projector/[^/]+)/layers/\d+/(\d+/)?"
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(.*/)?(pre_|post_)?norm\d?/(scale|bias)", ()),
-    (_STACK + r"attn/[qkv]/w", (None, "data", "model", None)),
-    (_STACK + r"attn/[qkv]/b", (None, "model", None)),
-    (_STACK + r"attn/o/w", (None, "model", None, "data")),
-    (_STACK + r"attn/o/b", ()),
-    (_STACK + r"mlp/(up|gate)/w", (None, "data", "model")),
-    (_STACK + r"mlp/(up|gate)/b", (None, "model")),
-    (_STACK + r"mlp/down/w", (None, "model", "data")),
-    (_STACK + r"mlp/down/b", ()),
+    (_STACK + r"(attn|cross)/[qkv]/w", (None, "data", "model", None)),
+    (_STACK + r"(attn|cross)/[qkv]/b", (None, "model", None)),
+    (_STACK + r"(attn|cross)/o/w", (None, "model", None, "data")),
+    (_STACK + r"(attn|cross)/o/b", ()),
+    (_STACK + r"(text_)?mlp/(up|gate)/w", (None, "data", "model")),
+    (_STACK + r"(text_)?mlp/(up|gate)/b", (None, "model")),
+    (_STACK + r"(text_)?mlp/down/w", (None, "model", "data")),
+    (_STACK + r"(text_)?mlp/down/b", ()),
     (r"vit/patch/kernel", (None, None, None, "data")),
     (r"vit/cls", ()),
     (r"vit/pos", (None, "data")),
@@ -45,6 +46,18 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"projector/[^/]+/fc2/b", ()),
     (r"projector/[^/]+/fc/w", ("data", "model")),
     (r"projector/[^/]+/fc/b", ("model",)),
+    (r"projector/[^/]+/(query|positions)/table", (None, "data")),
+    (r"projector/[^/]+/words/table", ("model", "data")),
+    (r"projector/[^/]+/attn/[qkv]/w", ("data", "model", None)),
+    (r"projector/[^/]+/attn/[qkv]/b", ("model", None)),
+    (r"projector/[^/]+/attn/o/w", ("model", None, "data")),
+    (r"projector/[^/]+/attn/o/b", ()),
+    (r"projector/[^/]+/(read|key|value)/w", ("data", "model")),
+    (r"projector/[^/]+/(read|key|value)/b", ("model",)),
+    (r"projector/[^/]+/(peg|block\d/depthwise)/kernel", (None, None, "data")),
+    (r"projector/[^/]+/peg/b", ()),
+    (r"projector/[^/]+/block\d/(squeeze|excite|point)/w", ("data", "model")),
+    (r"projector/[^/]+/block\d/(squeeze|excite)/b", ("model",)),
     (r"llm/embed/table", ("model", "data")),
     (r"llm/head/w", ("data", "model")),
     (r"voco/table", (None, "data")),

@@ -88,7 +88,8 @@ def loss_terms(
     wanted = stage.loss
     contrastive = wanted.contrast > 0
     if wanted.ce == 0 and wanted.kl == 0:
-        _, summary = vlm.encode(cfg, params, batch["images"], stage.method, key, summary=True)
+        text = vlm.question(cfg, batch, stage.method)
+        _, summary = vlm.encode(cfg, params, batch["images"], stage.method, key, summary=True, text=text)
         return {"contrast": contrast_term(params, batch, summary)}
     out = vlm.forward(
         cfg,
@@ -106,6 +107,7 @@ def loss_terms(
         (projector,) = teacher["projector"]
         # The uncompressed model, which need not know VoCo tokens.
         plain = dataclasses.replace(stage.method, voco=0, voco_mask="visible", encoder="none", projector=projector)
+        plain = dataclasses.replace(plain, level=0, queries=0, draw_budget=False)
         whole = vlm.forward(cfg, teacher, batch, plain, voco_count=0, key=key)
         seen, _, _ = losses.targets(whole.layout, max_targets)
         frozen = (losses.pick(whole.hidden_BTD, seen), head(cfg, teacher))

@@ -12,7 +12,7 @@ from tokzip_jax import compress, layout, llm, vit
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import TABLES
-from tokzip_jax.projectors import PROJECTORS
+from tokzip_jax.projectors import PROJECTORS, Context, weights_name
 from tokzip_jax.types import PAD, VISION, VOCO, Array, Params, VisualTokens
 
 
@@ -39,7 +39,7 @@ def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
     keys = jax.random.split(key, 5)
     params = {
         "vit": vit.init(cfg.vit, keys[0], cfg.param_dtype),
-        "projector": {projector: PROJECTORS[projector].init(cfg, keys[1])},
+        "projector": {weights_name(projector): PROJECTORS[projector].init(cfg, keys[1])},
         "llm": llm.init(cfg.llm, keys[2], cfg.param_dtype),
         # The official code's new vocabulary row is drawn like this too.
         "voco": {"table": 0.02 * jax.random.normal(keys[3], (cfg.voco_embeddings, cfg.llm.width), cfg.param_dtype)},
@@ -59,11 +59,23 @@ def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
 def visual_slots(cfg: ModelConfig, method: MethodConfig) -> int:
     """Visual tokens of one image that enter the language model."""
     kept = cfg.vit.patches if method.encoder == "none" else method.tokens
-    return PROJECTORS[method.projector].count(method, kept)
+    return PROJECTORS[method.projector].count(cfg, method, kept)
+
+
+def question(cfg: ModelConfig, batch: dict[str, Array], method: MethodConfig) -> tuple[Array, Array] | None:
+    """The question of every row for a projector that reads it (see `layout.question`); None for the others."""
+    return layout.question(batch, cfg.projector.text_length) if PROJECTORS[method.projector].question else None
 
 
 def encode(
-    cfg: ModelConfig, params: Params, images: Array, method: MethodConfig, key: Array, *, summary: bool = False
+    cfg: ModelConfig,
+    params: Params,
+    images: Array,
+    method: MethodConfig,
+    key: Array,
+    *,
+    summary: bool = False,
+    text: tuple[Array, Array] | None = None,
 ) -> tuple[VisualTokens, Array | None]:
     """Pictures to projected visual tokens.
 
@@ -71,13 +83,23 @@ def encode(
         cfg, params: the model.
         images: [B, I, H, W, 3], uint8, or floats that are normalised already.
         method: encoder site and projector.
-        key: for random selection; one key, which picture n of the flattened [B*I] uses folded with n, or B keys, of
-            which picture i of a row uses the row's folded with i.
+        key: for what is random (selection, a drawn budget); one key, which picture n of the flattened [B*I] uses
+            folded with n, or B keys, of which picture i of a row uses the row's folded with i.
         summary: also return the CLS token behind the last norm.
+        text: ids and validity [B, T] of each row's question, for a projector that reads it (see `question`).
 
     Returns:
         Visual tokens [B*I, M, D_llm], and the summary [B*I, D_vit] or None.
+
+    Raises:
+        ValueError: no text for a projector that reads the question.
     """
+    projector = PROJECTORS[method.projector]
+    if projector.question and text is None:
+        raise ValueError(
+            f"the projector {method.projector!r} reads the question: give vlm.encode text=(ids, valid), such as "
+            "vlm.question makes of a batch"
+        )
     pixels = vit.normalise(images, cfg.dtype) if images.dtype == jnp.uint8 else images.astype(cfg.dtype)
     if key.ndim:
         numbers = jnp.arange(images.shape[1])
@@ -95,8 +117,11 @@ def encode(
         targets=method.targets,
         key=key,
     )
-    projector = PROJECTORS[method.projector]
-    return projector.apply(cfg, method, params["projector"][method.projector], tokens), pooled
+    # Every picture of a row is read with the row's question.
+    asked = tuple(jnp.repeat(part, images.shape[1], axis=0) for part in text) if projector.question else None
+    context = Context(cls_BD=found.cls_BD, key=key, question=asked)
+    weights = params["projector"][weights_name(method.projector)]
+    return projector.apply(cfg, method, weights, tokens, context), pooled
 
 
 def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -> Array:
@@ -156,7 +181,8 @@ def embed(
             "load them into those of `vlm.init`, or set method.voco = 0"
         )
     rows, images = batch["images"].shape[:2]
-    visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary)
+    text = question(cfg, batch, method)
+    visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary, text=text)
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
     slots = layout.expand(

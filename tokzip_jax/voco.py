@@ -26,6 +26,7 @@ from tokzip_jax import generate, layers, llm, vlm
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig
 from tokzip_jax.layout import text_stream
 from tokzip_jax.masks import TABLES, rule
+from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.types import PAD, PREFIX, TEXT, VOCO, Array, Params, TokenStream
 
 POLICIES = ("original", "compact")
@@ -83,13 +84,19 @@ def build(
         voco_count: VoCo tokens in use; None = all slots.
 
     Raises:
-        ValueError: a mask that would have to keep the vision tokens, no VoCo slots, an unknown policy, or several
-            samples packed into a row (not seen under jit, where the integers are not known).
+        ValueError: a mask that would have to keep the vision tokens, no VoCo slots, a projector that reads the
+            question, an unknown policy, or several samples packed into a row (not seen under jit, where the integers
+            are not known).
     """
     if method.voco_mask == "visible" or method.voco < 1:
         raise ValueError(
             f"voco={method.voco} with voco_mask={method.voco_mask!r} leaves nothing to cache: "
             "two-stage inference needs voco >= 1 and the mask 'voco' or 'prefix_visible'"
+        )
+    if PROJECTORS[method.projector].question:
+        raise ValueError(
+            f"the projector {method.projector!r} reads the question, so that a picture's cache would serve that one "
+            "alone: two-stage inference needs a projector that reads the picture alone"
         )
     _check_policy(positions)
     sample = batch["sample"]

@@ -1,0 +1,52 @@
+"""What stands between the vision tower and the language model: plain projectors and projectors that compress.
+
+`PROJECTORS` names them all. Each is a function from parameters and the `VisualTokens` of the encoder site to
+`VisualTokens` of the language model's width, with what a config, a sharding table and a ledger need to know about it.
+"""
+
+import dataclasses
+
+from tokzip_jax.config import MethodConfig, ModelConfig
+from tokzip_jax.projectors import ldp, llamavid, mqt, plain, pooled, qformer, unshuffle
+from tokzip_jax.projectors.base import Context, Projector, require
+
+__all__ = ["OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
+
+PROJECTORS: dict[str, Projector] = {
+    **plain.ENTRIES,
+    **pooled.ENTRIES,
+    **unshuffle.ENTRIES,
+    **ldp.ENTRIES,
+    **qformer.ENTRIES,
+    **llamavid.ENTRIES,
+    **mqt.ENTRIES,
+}
+# Fields of `MethodConfig` that some projector reads, and their defaults.
+_READ = {name for entry in PROJECTORS.values() for name in entry.options}
+OPTIONS = {field.name: field.default for field in dataclasses.fields(MethodConfig) if field.name in _READ}
+
+
+def weights_name(projector: str) -> str:
+    """The name under which the parameters of a projector stand."""
+    return PROJECTORS[projector].weights or projector
+
+
+def check(key: str, model: ModelConfig, method: MethodConfig) -> None:
+    """Refuse a projector's settings before anything is compiled; `key` is the method's dotted place in the config.
+
+    Raises:
+        ValueError: an encoder site that breaks the grid a projector needs, an option that it does not read, or a value
+            out of range, as one sentence with the key.
+    """
+    name, entry = method.projector, PROJECTORS[method.projector]
+    require(
+        not entry.grid or method.encoder == "none",
+        f"{key}.encoder = {method.encoder!r} breaks the grid that {name} works on; it must be 'none'",
+    )
+    for option, default in OPTIONS.items():
+        value = getattr(method, option)
+        require(
+            option in entry.options or value == default,
+            f"{key}.{option} = {value!r} is nothing that the projector {name!r} reads; leave it at {default!r}",
+        )
+    entry.check(key, model, method)
