@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import quick_compiles
 
 from tokzip_jax import config as c
 from tokzip_jax.compress import everything, uniform
 from tokzip_jax.paths import flatten
 from tokzip_jax.projectors import OPTIONS, PROJECTORS, Context, ldp, mqt
 
+__all__ = ["quick_compiles"]  # a fixture for every test here
 CFG = c.ModelConfig(
     vit=c.VitConfig(image_size=16, patch_size=4, width=12, heads=2),
     llm=c.LlmConfig(vocab_size=32, width=16),
@@ -25,7 +27,7 @@ OPTION = {
     "pool_mlp": {"factor": 2, "pool": "max"},
     "mlp_pool": {"factor": 3, "pool": "bilinear"},
     "nested_pool": {"level": 1},
-    "ldpv2": {"pool_grid": 3},
+    "ldpv2": {"pool_grid": 2},
     "llamavid": {"content_grid": 2},
     "mqt": {"queries": 7},
 }
@@ -36,7 +38,7 @@ OTHER = {"llamavid": c.MethodConfig(projector="llamavid"), "mqt": c.MethodConfig
 CASES = {**METHODS, **{f"{name} drawn": m for name, m in DRAWN.items()}, **{f"{n} too": m for n, m in OTHER.items()}}
 COUNTS = {
     "mlp2x_gelu": 16, "linear": 16, "avgpool_linear": 4, "pool_linear": 1, "pool_mlp": 4, "mlp_pool": 4,
-    "nested_pool": 4, "pixel_unshuffle": 4, "ldp": 4, "ldpv2": 9, "qformer": 9, "instructblip": 9, "llamavid": 5,
+    "nested_pool": 4, "pixel_unshuffle": 4, "ldp": 4, "ldpv2": 4, "qformer": 9, "instructblip": 9, "llamavid": 5,
     "mqt": 7, "nested_pool drawn": 16, "mqt drawn": 7, "llamavid too": 17, "mqt too": 9,
 }  # fmt: skip
 RNG = np.random.default_rng(0)
@@ -120,8 +122,7 @@ def test_pictures_are_independent(case):
     order = np.array([2, 0, 1])
     _, moved = outcome(case, order)
     changed = {"patches": PATCHES, "cls": CLS, "ids": IDS}
-    changed = {name: np.concatenate([x[:1] + 1, x[1:]]) for name, x in changed.items()}
-    changed["ids"] %= 32
+    changed = {name: np.concatenate([x[:1, ..., ::-1], x[1:]]) for name, x in changed.items()}
     _, other = outcome(case, **changed)
     for a, b, c_ in zip(*(jax.tree.leaves(tokens) for tokens in (out, moved, other)), strict=True):
         np.testing.assert_allclose(a[order], b, atol=1e-5)
@@ -131,6 +132,7 @@ def test_pictures_are_independent(case):
 
 # A constant added to all keys changes no softmax.
 IDLE = re.compile(r"(.*/)?(attn|cross)/k/b|key/b")
+IDLE_OF = {"mqt": {"norm2/bias"}}  # there it is a constant of the keys alone
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,10 +142,10 @@ def test_every_parameter_has_a_finite_gradient(case):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     most = max(largest.values())
     for path, value in largest.items():
-        if IDLE.fullmatch(path):
-            assert value < 1e-5 * most, path
+        if IDLE.fullmatch(path) or path in IDLE_OF.get(CASES[case].projector, ()):
+            assert value < 1e-6 * most, path
         else:
-            assert value > 1e-4 * most, path
+            assert value > 5e-6 * most, path
 
 
 @pytest.mark.parametrize("case", ["ldp", "llamavid"])
@@ -186,9 +188,9 @@ def test_fewer_queries_are_the_first_ones():
     whole = CASES["mqt too"]
     few = dataclasses.replace(whole, queries=3)
     context = Context(cls_BD=CLS, key=KEYS)
-    run = jax.jit(lambda p, method: PROJECTORS["mqt"].apply(CFG, method, p, everything(PATCHES), context).tokens_BMD,
-                  static_argnums=1)
-    every, first = run(params("mqt"), whole), run(params("mqt"), few)
+    apply = functools.partial(PROJECTORS["mqt"].apply, CFG)
+    run = jax.jit(lambda p: [apply(m, p, everything(PATCHES), context).tokens_BMD for m in (whole, few)])
+    every, first = run(params("mqt"))
     np.testing.assert_allclose(first, every[:, :3], atol=1e-6)
 
 
@@ -294,7 +296,10 @@ REAL_SIZE = c.ModelConfig(
     llm=c.LlmConfig(width=2048, vocab_size=1000),
     projector=c.ProjectorConfig(queries=256, heads=16, layers=2, text_length=64),
 )
-FLOPS = {**METHODS, "llamavid": c.MethodConfig(projector="llamavid", content_grid=12), "mqt": c.MethodConfig(projector="mqt")}
+FLOPS = METHODS | {
+    "llamavid": c.MethodConfig(projector="llamavid", content_grid=12),
+    "mqt": c.MethodConfig(projector="mqt"),
+}
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
