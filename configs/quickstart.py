@@ -53,7 +53,7 @@ def stages() -> dict[str, c.StageConfig]:
     return {
         # The CLS token must mean something before its attention can select: here it learns to tell captions apart.
         "clip": c.StageConfig(
-            steps=800,
+            steps=700,
             batch_size=32,
             train=("vit/.*", "contrast/.*", "llm/embed/table"),
             method=visible,
@@ -64,17 +64,18 @@ def stages() -> dict[str, c.StageConfig]:
         # number of tokens that the language model never met.
         "base": c.StageConfig(
             init_from="clip",
-            steps=2000,
+            steps=1600,
             batch_size=16,
-            train=LANGUAGE_MODEL,
             method=visible,
             voco_counts=(0, 1, 0, 4),
             token_dropout=0.2,
+            # The tower learns on, and the caption keeps the CLS token's attention on what the picture is about.
+            loss=c.LossConfig(contrast=0.1),
             optim=faster,
         ),
         "voco": c.StageConfig(
             init_from="base",
-            steps=1500,
+            steps=1400,
             batch_size=8,
             train=LANGUAGE_MODEL,
             method=c.MethodConfig(voco=4, voco_mask="voco"),
@@ -83,7 +84,7 @@ def stages() -> dict[str, c.StageConfig]:
         ),
         "pooled": c.StageConfig(
             init_from="base",
-            steps=1500,
+            steps=1400,
             batch_size=8,
             train=("projector/.*", "llm/.*"),
             method=c.MethodConfig(projector="avgpool_linear", pool_grid=1),
