@@ -53,24 +53,23 @@ def stages() -> dict[str, c.StageConfig]:
     return {
         # The CLS token must mean something before its attention can select: here it learns to tell captions apart.
         "clip": c.StageConfig(
-            steps=700,
+            steps=1000,
             batch_size=32,
             train=("vit/.*", "contrast/.*", "llm/embed/table"),
             method=visible,
             loss=c.LossConfig(ce=0.0, contrast=1.0),
             optim=optim,
         ),
-        # A fifth of the pictures lose tokens, so that the training-free rows are judged by what they keep and not by a
+        # A quarter of the pictures lose tokens, so that the training-free rows are judged by what they keep and not by a
         # number of tokens that the language model never met.
         "base": c.StageConfig(
             init_from="clip",
-            steps=1600,
+            steps=1800,
             batch_size=16,
+            train=LANGUAGE_MODEL,
             method=visible,
             voco_counts=(0, 1, 0, 4),
-            token_dropout=0.2,
-            # The tower learns on, and the caption keeps the CLS token's attention on what the picture is about.
-            loss=c.LossConfig(contrast=0.1),
+            token_dropout=0.25,
             optim=faster,
         ),
         "voco": c.StageConfig(
