@@ -11,13 +11,16 @@ from tokzip_jax.compress.cdpruner import cdpruner
 from tokzip_jax.compress.dart import dart
 from tokzip_jax.compress.divprune import divprune
 from tokzip_jax.compress.downsample import downsample, resize_positions
+from tokzip_jax.compress.folder import folder
 from tokzip_jax.compress.holov import holov
 from tokzip_jax.compress.mmtok import mmtok
 from tokzip_jax.compress.pool import average_pool
+from tokzip_jax.compress.prumerge import prumerge, prumerge_plus
 from tokzip_jax.compress.relevance import question_relevance, question_similarity
 from tokzip_jax.compress.restore import restore, restore_bias
 from tokzip_jax.compress.scope import scope
 from tokzip_jax.compress.select import check_tokens, everything, random, uniform
+from tokzip_jax.compress.tome import tome
 from tokzip_jax.compress.visionzip import check_budget, visionzip
 from tokzip_jax.compress.visionzip_merged import visionzip_merged
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
@@ -32,8 +35,11 @@ __all__ = [
     "divprune",
     "downsample",
     "everything",
+    "folder",
     "holov",
     "mmtok",
+    "prumerge",
+    "prumerge_plus",
     "question_relevance",
     "question_similarity",
     "random",
@@ -41,6 +47,7 @@ __all__ = [
     "restore",
     "restore_bias",
     "scope",
+    "tome",
     "uniform",
     "visionzip",
     "visionzip_merged",

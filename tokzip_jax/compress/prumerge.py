@@ -1,0 +1,299 @@
+"""LLaVA-PruMerge and PruMerge+ (arXiv 2403.15388, ICCV 2025): keep attention outliers, add to each what is like it.
+
+Patches whose CLS attention is an outlier (above Q3 + 1.5 (Q3 - Q1)) become centres; PruMerge+ adds a regular grid of
+patches. Each centre takes in the features of its `neighbours` most similar patches (cosine of the keys), weighted by
+attention. How many centres there are depends on the picture: they are static slots with `valid`.
+
+    merge    "official": centre + weighted sum of neighbours from among all other patches, and one more token, the
+                         weighted sum of all patches that are no centres. The released attention is one head over the
+                         full width of the last block's queries and keys (`giant_attention`).
+             "paper":    weighted average of the centre and neighbours from among the patches that are no centres; no
+                         further token. The paper reads the second-to-last block: give that block's signals.
+    count    "sample":   every picture counts its own outliers, as the released code does for one picture.
+             "batch":    released: quartiles of the whole batch and one number for all (rounded down in float64, which
+                         loses one for a few P). Pictures then depend on their neighbours in the batch.
+             "fixed":    the released branch for training: as many centres as there are slots.
+    repeats  "official": in PruMerge+ with a fixed count, a grid patch that is an outlier too becomes two centres, and
+                         as many of the lowest other patches are forgotten. "none": the grid first, then outliers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tokzip_jax.compress import ops
+from tokzip_jax.types import Array, VisualTokens
+
+MERGES = ("official", "paper")
+COUNTS = ("sample", "batch", "fixed")
+REPEATS = ("official", "none")
+
+
+def check_budget(patches: int, tokens: int, *, neighbours: int = 32, merge: str = "official") -> None:
+    """Refuse budgets and neighbourhoods that `patches` patches cannot give.
+
+    Args:
+        patches: P.
+        tokens: all slots; with merge "official" the further token is one of them.
+        neighbours: how many patches a centre takes in.
+        merge: see the module.
+
+    Raises:
+        ValueError: names the number and its range.
+    """
+    extra = int(merge == "official")
+    if not 1 + extra <= tokens <= patches + extra:
+        also = " (the further token is one of them)" if extra else ""
+        raise ValueError(
+            f"PruMerge: {tokens} tokens{also} asked of {patches} patches; it must be {1 + extra} .. {patches + extra}"
+        )
+    if not 1 <= neighbours <= patches - 1:
+        raise ValueError(
+            f"PruMerge: neighbours = {neighbours} of each of {patches} patches; it must be 1 .. {patches - 1}"
+        )
+
+
+def giant_attention(queries_BSD: Array, keys_BSD: Array) -> Array:
+    """The released score: softmax attention of the CLS row, all heads as one of the full width.
+
+    Args:
+        queries_BSD, keys_BSD: [B, 1+P, D] raw projections of the last block with bias, CLS first; of the queries only
+            the first row is read.
+
+    Returns:
+        [B, P] float32, without the CLS column (rows sum to less than 1).
+    """
+    query_BD, keys = queries_BSD[:, 0].astype(jnp.float32), keys_BSD.astype(jnp.float32)
+    logits_BS = jnp.einsum("BD,BSD->BS", query_BD, keys, precision=ops.EXACT) * keys.shape[-1] ** -0.5
+    return jax.nn.softmax(logits_BS, axis=1)[:, 1:]
+
+
+def outliers(attention_BP: Array, count: str) -> tuple[Array, Array]:
+    """How many centres the pictures want, and the stride of PruMerge+'s grid: both [B] int32.
+
+    Args:
+        attention_BP: [B, P].
+        count: "sample" or "batch", see the module.
+    """
+    batch, patches = attention_BP.shape
+    score = attention_BP.astype(jnp.float32)
+    rows = score.reshape(1, -1) if count == "batch" else score
+    low, high = jnp.percentile(rows, jnp.array([25.0, 75.0]), axis=1)[..., None]
+    number = jnp.sum(rows > high + 1.5 * (high - low), axis=1)
+    # Both follow from the number through float64 ratios, so they are tables. No outlier: a grid as for one.
+    ratio = np.arange(rows.shape[1] + 1) / rows.shape[1]
+    stride = np.maximum((1.0 / np.maximum(ratio, ratio[1])).astype(np.int32) // 3, 1)
+    kept = (patches * ratio).astype(np.int32) if count == "batch" else np.arange(patches + 1, dtype=np.int32)
+    return tuple(jnp.broadcast_to(jnp.asarray(table)[number], (batch,)) for table in (kept, stride))
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "count", "neighbours", "merge"))
+def prumerge(
+    patches_BPD: Array,
+    attention_BP: Array,
+    keys_BSD: Array,
+    *,
+    tokens: int,
+    count: str = "sample",
+    neighbours: int = 32,
+    merge: str = "official",
+) -> VisualTokens:
+    """PruMerge.
+
+    Args:
+        patches_BPD: [B, P, D] patch features, for LLaVA the output of the second-to-last block.
+        attention_BP: [B, P] CLS attention; released: `giant_attention` of the last block.
+        keys_BSD: [B, 1+P, H] keys of the same block, CLS first.
+        tokens: slots. More centres than fit: those with the lowest attention are not taken.
+        count, neighbours, merge: see the module; 32 neighbours are the released number.
+
+    Returns:
+        `VisualTokens` with M = tokens in the patches' dtype: centres by falling attention, then slots that this picture
+        leaves empty (invalid, zero, size 0, position -1), and with merge "official" the further token in the last slot
+        (position -1). `source` gives a patch that is no centre to the most similar centre that took it in, else to the
+        further token, else to none; its features may have gone to several.
+
+    Raises:
+        ValueError: a number out of range, an unknown option, or shapes that do not fit.
+    """
+    slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count)
+    order_BP, _ = _by_attention(attention_BP)
+    centre_BK = order_BP[:, :slots]
+    if count == "fixed":
+        valid_BK = jnp.ones(centre_BK.shape, bool)
+    else:
+        valid_BK = jnp.arange(slots)[None] < outliers(attention_BP, count)[0][:, None]
+    return _compress(patches_BPD, attention_BP, keys_BSD, centre_BK, valid_BK, None, neighbours, merge)
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "count", "neighbours", "merge", "repeats"))
+def prumerge_plus(
+    patches_BPD: Array,
+    attention_BP: Array,
+    keys_BSD: Array,
+    *,
+    tokens: int,
+    count: str = "sample",
+    neighbours: int = 32,
+    merge: str = "official",
+    repeats: str = "official",
+) -> VisualTokens:
+    """PruMerge+: the outliers and a regular grid of patches.
+
+    The grid's stride is a third of P / outliers, rounded down twice; with a fixed count half of the centres (rounded
+    down) stand in the middles of as many equal parts of the raster. Above P / 6 outliers the stride is 1 and every
+    patch is on the grid (released; above P / 3 the released code stops).
+
+    Args:
+        tokens: slots. More centres than fit, which a low stride makes likely: those with the lowest attention are not
+            taken, which means grid patches before outliers.
+        repeats: see the module; read only if the count is fixed.
+        patches_BPD, attention_BP, keys_BSD, count, neighbours, merge: as in `prumerge`.
+
+    Returns:
+        As `prumerge`; outliers by falling attention, then the grid in raster order. A repeated centre's `source` is its
+        first slot, the second one has size 0.
+
+    Raises:
+        ValueError: a number out of range, an unknown option, or shapes that do not fit.
+    """
+    slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count)
+    if repeats not in REPEATS:
+        raise ValueError(f"PruMerge+: repeats = {repeats!r} is unknown; choose one of {', '.join(REPEATS)}")
+    if count == "fixed":
+        centre_BK, candidate_BC = _fixed_centres(attention_BP, slots, repeats)
+        valid_BK = jnp.ones(centre_BK.shape, bool)
+    else:
+        centre_BK, valid_BK = _adaptive_centres(attention_BP, slots, count)
+        candidate_BC = None
+    return _compress(patches_BPD, attention_BP, keys_BSD, centre_BK, valid_BK, candidate_BC, neighbours, merge)
+
+
+def _by_attention(attention_BP: Array) -> tuple[Array, Array]:
+    """Patches by falling attention (of equal ones the lower first), and the rank of each: both [B, P] int32."""
+    order_BP = jnp.argsort(-lax.stop_gradient(attention_BP).astype(jnp.float32), axis=1, stable=True)
+    return order_BP.astype(jnp.int32), jnp.argsort(order_BP, axis=1).astype(jnp.int32)
+
+
+def _adaptive_centres(attention_BP: Array, slots: int, count: str) -> tuple[Array, Array]:
+    """PruMerge+'s centres [B, slots] and which slots are filled: outliers and a grid, the best `slots` of them."""
+    patches = attention_BP.shape[1]
+    order_BP, rank_BP = _by_attention(attention_BP)
+    number = jnp.arange(patches, dtype=jnp.int32)[None]
+    wanted, stride = (x[:, None] for x in outliers(attention_BP, count))
+    is_top_BP = rank_BP < wanted
+    # The last patch is never on the released grid.
+    keep_BP = is_top_BP | ((number % stride == 0) & (number < patches - 1))
+    better_BP = ops.rank(jnp.take_along_axis(keep_BP, order_BP, axis=1))  # how many wanted ones are better; by rank
+    keep_BP &= jnp.take_along_axis(better_BP, rank_BP, axis=1) < slots
+    key_BP = jnp.where(keep_BP, jnp.where(is_top_BP, rank_BP, patches + number), 2 * patches + number)
+    centre_BK = jnp.argsort(key_BP, axis=1)[:, :slots].astype(jnp.int32)
+    return centre_BK, jnp.take_along_axis(keep_BP, centre_BK, axis=1)
+
+
+def _fixed_centres(attention_BP: Array, slots: int, repeats: str) -> tuple[Array, Array | None]:
+    """PruMerge+'s centres with a fixed count, and with official repeats the list of patches to be taken in."""
+    batch, patches = attention_BP.shape
+    places = ops.evenly_spaced(patches, slots // 2).astype(np.int32)
+    top = slots - len(places)
+    grid_BG = jnp.broadcast_to(places[None], (batch, len(places)))
+    on_grid_BP = jnp.broadcast_to(np.isin(np.arange(patches), places)[None], (batch, patches))
+    if repeats == "none":
+        order_BP, _ = _by_attention(jnp.where(on_grid_BP, -jnp.inf, attention_BP))
+        return jnp.concatenate([order_BP[:, :top], grid_BG], axis=1), None
+    order_BP, rank_BP = _by_attention(attention_BP)
+    centre_BK = jnp.concatenate([order_BP[:, :top], grid_BG], axis=1)
+    # A list of P in all: for every centre that repeats another one, the lowest of the other patches is left out.
+    other_BP = jnp.where((rank_BP < top) | on_grid_BP, -1, jnp.arange(patches, dtype=jnp.int32)[None])
+    return centre_BK, jnp.concatenate([centre_BK, jnp.sort(other_BP, axis=1)[:, slots:]], axis=1)
+
+
+def _compress(
+    patches_BPD: Array,
+    attention_BP: Array,
+    keys_BSD: Array,
+    centre_BK: Array,
+    valid_BK: Array,
+    candidate_BC: Array | None,
+    neighbours: int,
+    merge: str,
+) -> VisualTokens:
+    """The result for K chosen centres; `candidate_BC` [B, P] lists what can be taken in, centres first; None = all."""
+    x_BCD, weight_BC = patches_BPD.astype(jnp.float32), attention_BP.astype(jnp.float32)
+    keys_BCH, place_BK = lax.stop_gradient(keys_BSD[:, 1:]), centre_BK
+    if candidate_BC is not None:
+        x_BCD, keys_BCH = ops.gather(x_BCD, candidate_BC), ops.gather(keys_BCH, candidate_BC)
+        weight_BC = jnp.take_along_axis(weight_BC, candidate_BC, axis=1)
+        place_BK = jnp.broadcast_to(jnp.arange(centre_BK.shape[1], dtype=jnp.int32)[None], centre_BK.shape)
+    near_BKC, likest_BC, is_centre_BC = _near(keys_BCH, place_BK, valid_BK, neighbours, merge)
+    share_BKC = jnp.where(near_BKC, weight_BC[:, None], 0.0)
+    taken_BKD = jnp.einsum("BKC,BCD->BKD", share_BKC, x_BCD, precision=ops.EXACT)
+    tokens, valid, position = ops.gather(x_BCD, place_BK), valid_BK, jnp.where(valid_BK, centre_BK, -1)
+    if merge == "paper":
+        own = jnp.take_along_axis(weight_BC, place_BK, axis=1)[:, :, None]
+        total = own + jnp.sum(share_BKC, axis=2, keepdims=True)
+        tokens = (own * tokens + taken_BKD) / jnp.where(total == 0, 1.0, total)
+    else:
+        tokens += taken_BKD
+    tokens = jnp.where(valid_BK[:, :, None], tokens, 0.0)
+    if merge == "official":
+        other_BC = jnp.where(is_centre_BC, 0.0, weight_BC)
+        further_BD = jnp.einsum("BC,BCD->BD", other_BC, x_BCD, precision=ops.EXACT)
+        tokens = jnp.concatenate([tokens, further_BD[:, None]], axis=1)
+        position = jnp.pad(position, ((0, 0), (0, 1)), constant_values=-1)
+        valid = jnp.pad(valid, ((0, 0), (0, 1)), constant_values=True)
+        likest_BC = jnp.where(likest_BC < 0, centre_BK.shape[1], likest_BC)
+    source_BP = _source(likest_BC, centre_BK, valid_BK, candidate_BC)
+    member_BMP = source_BP[:, None] == jnp.arange(position.shape[1])[None, :, None]
+    return VisualTokens(
+        tokens_BMD=tokens.astype(patches_BPD.dtype),
+        valid_BM=valid,
+        position_BM=position,
+        size_BM=jnp.sum(member_BMP, axis=2, dtype=jnp.int32),
+        source_BP=source_BP,
+    )
+
+
+def _near(keys_BCH: Array, place_BK: Array, valid_BK: Array, neighbours: int, merge: str) -> tuple[Array, Array, Array]:
+    """What each centre takes in [B, K, C], the likest centre that took each in or -1 [B, C], and who is one [B, C]."""
+    candidates = keys_BCH.shape[1]
+    own_BKC = place_BK[:, :, None] == jnp.arange(candidates)[None, None]
+    is_centre_BC = jnp.any(own_BKC & valid_BK[:, :, None], axis=1)
+    barred_BKC = own_BKC | is_centre_BC[:, None] if merge == "paper" else own_BKC
+    similarity = jnp.where(barred_BKC, -jnp.inf, ops.cosine(ops.gather(keys_BCH, place_BK), keys_BCH))
+    near_BKC = ops.top_mask(similarity.reshape(-1, candidates), neighbours).reshape(similarity.shape)
+    near_BKC &= ~barred_BKC & valid_BK[:, :, None]
+    likest_BC = jnp.argmax(jnp.where(near_BKC, similarity, -jnp.inf), axis=1).astype(jnp.int32)
+    return near_BKC, jnp.where(jnp.any(near_BKC, axis=1), likest_BC, -1), is_centre_BC
+
+
+def _source(likest_BC: Array, centre_BK: Array, valid_BK: Array, candidate_BC: Array | None) -> Array:
+    """The slot of each patch [B, P]: a centre's own (first) one, for others as their candidate went, else -1."""
+    batch, patches = likest_BC.shape
+    if candidate_BC is not None:
+        nowhere = jnp.full((batch, patches), -1, jnp.int32)
+        likest_BC = nowhere.at[jnp.arange(batch)[:, None], candidate_BC].set(likest_BC)
+    own_BKP = (centre_BK[:, :, None] == jnp.arange(patches)[None, None]) & valid_BK[:, :, None]
+    return jnp.where(jnp.any(own_BKP, axis=1), jnp.argmax(own_BKP, axis=1).astype(jnp.int32), likest_BC)
+
+
+def _check(
+    patches_BPD: Array, attention: Array, keys: Array, tokens: int, neighbours: int, merge: str, count: str
+) -> int:
+    """Slots for centres; ValueError for what does not fit."""
+    batch, patches, _ = patches_BPD.shape
+    for name, value, known in (("merge", merge, MERGES), ("count", count, COUNTS)):
+        if value not in known:
+            raise ValueError(f"PruMerge: {name} = {value!r} is unknown; choose one of {', '.join(known)}")
+    check_budget(patches, tokens, neighbours=neighbours, merge=merge)
+    if attention.shape != (batch, patches):
+        raise ValueError(f"PruMerge: scores have shape {attention.shape}; {patches} patches need {(batch, patches)}")
+    if keys.shape[:2] != (batch, 1 + patches):
+        raise ValueError(
+            f"PruMerge: keys have shape {keys.shape}; {patches} patches with their CLS row first need "
+            f"({batch}, {1 + patches}, head width)"
+        )
+    return tokens - int(merge == "official")
