@@ -175,3 +175,10 @@ def test_wrong_arguments_are_named():
         restore_bias(np.zeros((1, 1)), np.zeros((1, 1)), np.ones((1, 1)), head_dim=7)
     with pytest.raises(ValueError, match=r"offset = 1.0 must be above 1"):
         restore_bias(np.zeros((1, 1)), np.zeros((1, 1)), np.ones((1, 1)), head_dim=8, offset=1.0)
+
+
+def test_equal_patches_are_anchors_of_their_own():
+    same = np.repeat(FEATURES[:, :1], PATCHES, axis=1)
+    result = restore(BASE, same, tokens=9)
+    assert np.all(result.size_BM >= 1) and bool(result.valid_BM.all())
+    np.testing.assert_array_equal(result.size_BM.sum(axis=1), PATCHES)
