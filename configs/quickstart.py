@@ -60,8 +60,8 @@ def stages() -> dict[str, c.StageConfig]:
             loss=c.LossConfig(ce=0.0, contrast=1.0),
             optim=optim,
         ),
-        # A quarter of the pictures lose tokens, so that the training-free rows are judged by what they keep and not by a
-        # number of tokens that the language model never met.
+        # A quarter of the pictures lose tokens, so that the training-free rows are judged by what they keep and not by
+        # a number of tokens that the language model never met.
         "base": c.StageConfig(
             init_from="clip",
             steps=1800,
