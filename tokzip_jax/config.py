@@ -107,6 +107,14 @@ class MethodConfig:
     content_grid: int = 0  # llamavid: side of the content tokens' grid (1 = one token); 0 = every patch
     voco: int = 0  # VoCo slots of an image
     voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"
+    decoder: str = "none"  # a name of tokzip_jax.compress.decoder.DECODER, or "none"
+    decoder_layers: tuple[int, ...] = ()  # the cuts: layers that are the first ones to see fewer visual tokens
+    decoder_keep: tuple[int, ...] = ()  # tokens of a picture that stay at each cut (SparseVLM adds merged ones)
+    decoder_form: str = "gather"  # "gather" (shorter rows) or "mask" (hidden where they stand; for verification)
+    decoder_positions: str = "official"  # position ids behind a cut: the method's own, "original" or "compact"
+    decoder_scale: float = 13.5  # sparsevlm_v1: keeps int(scale * rank + bias), at most decoder_keep
+    decoder_bias: float = 0.0  # sparsevlm_v1
+    decoder_heads: int = 14  # sparsevlm_plus: heads that are averaged (official: 14, whatever the model has)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from tokzip_jax import attention, compress, layers, layout, masks, projectors, stack, vlm
+from tokzip_jax import attention, compress, decoder_site, layers, layout, masks, projectors, stack, vlm
 from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.data import shapes
 from tokzip_jax.projectors import PROJECTORS, weights_name
@@ -99,6 +99,10 @@ def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
         f"{key}.voco = 0 with the VoCo mask {method.voco_mask!r} would hide every picture from the text; "
         "use voco >= 1, or voco_mask='visible'",
     )
+    try:
+        decoder_site.check(method, vlm.visual_slots(model, method), model.llm)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
 
 
 def _same_projector(key: str, row: RowConfig, cfg: RunConfig) -> None:
@@ -250,6 +254,11 @@ def _fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:
         not PROJECTORS[method.projector].question or cfg.data.questions == 1,
         f"{key}.projector = {method.projector!r} reads the question, and a picture has one set of tokens in a row: "
         f"data.questions = {cfg.data.questions} must be 1",
+    )
+    _require(
+        method.decoder == "none" or cfg.data.questions == 1,
+        f"data.questions = {cfg.data.questions} must be 1 for {key}.decoder = {method.decoder!r}, which chooses tokens "
+        "by the one question of a row",
     )
     visual = vlm.visual_slots(cfg.model, method)
     length = layout.slots(cfg.data.text_length, images=cfg.data.images, visual=visual, voco=method.voco)

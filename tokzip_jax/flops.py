@@ -8,10 +8,12 @@ products. VisionZip's paper counts a two-matrix feed-forward; here it is SwiGLU'
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.decoder_site import check
 from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.vlm import visual_slots
 
@@ -24,6 +26,8 @@ class Ledger:
         patches: patches that leave the vision tower.
         encoder_tokens: what the encoder site passes on to the projector.
         visual_tokens: what the projector passes on to the language model.
+        layer_tokens: visual tokens that each layer works on: the same number, or what the cuts of a decoder site leave
+            (static slots, of which a rank-adaptive method may leave some empty).
         voco_tokens: VoCo tokens that follow them.
         read_tokens: tokens of the picture that a question can read, and so those that stay in the KV cache: the VoCo
             tokens under a mask that hides vision from text, else visual and VoCo tokens.
@@ -33,13 +37,15 @@ class Ledger:
             however many questions follow. VoCo's stage one; None where the picture is read together with the question.
         prefill_flops: the language model from projected visual tokens (VoCo: from the picture's cache, stage two) to
             the logits of the answer's first token, one question.
-        kv_bytes: cache bytes of `read_tokens`, the picture's share of the cache while questions are answered.
+        kv_bytes: cache bytes of the picture's tokens that stay in the cache while questions are answered: of
+            `read_tokens`, or of what each layer keeps of them.
         prompt_kv_bytes: cache bytes of the whole prompt: the prefix where it stays visible, the picture, the question.
     """
 
     patches: int
     encoder_tokens: int
     visual_tokens: int
+    layer_tokens: tuple[int, ...]
     voco_tokens: int
     read_tokens: int
     vit_flops: int
@@ -48,6 +54,11 @@ class Ledger:
     prefill_flops: int
     kv_bytes: int
     prompt_kv_bytes: int
+
+    @property
+    def mean_tokens(self) -> float:
+        """Visual tokens that a layer works on, averaged over the layers."""
+        return sum(self.layer_tokens) / len(self.layer_tokens)
 
 
 def llm_flops(llm: LlmConfig, new: float, *, past: float = 0, head: float = 1, causal: bool = True) -> float:
@@ -61,6 +72,24 @@ def llm_flops(llm: LlmConfig, new: float, *, past: float = 0, head: float = 1, c
     pairs = new * (new + 1) / 2 + new * past if causal else new * (new + past)
     total = llm.layers * (2 * new * weights + 4 * heads * pairs) + 2 * head * llm.width * llm.vocab_size
     return int(total) if float(total).is_integer() else total
+
+
+def layer_tokens(model: ModelConfig, method: MethodConfig) -> tuple[int, ...]:
+    """Visual tokens of a picture that each layer of the language model works on.
+
+    Raises:
+        ValueError: a schedule that cannot be, see `decoder_site.check`.
+    """
+    visual = visual_slots(model, method)
+    edges = [(0, visual), *((step.layer, step.after) for step in check(method, visual, model.llm))]
+    ends = [layer for layer, _ in edges[1:]] + [model.llm.layers]
+    return tuple(count for (start, count), end in zip(edges, ends, strict=True) for _ in range(start, end))
+
+
+def scheduled_flops(llm: LlmConfig, new: Sequence[float], *, head: float = 1, causal: bool = True) -> float:
+    """`llm_flops` of a whole row of which layer i works on `new[i]` tokens."""
+    one = dataclasses.replace(llm, layers=1)
+    return sum(llm_flops(one, tokens, head=0, causal=causal) for tokens in new) + 2 * head * llm.width * llm.vocab_size
 
 
 def vit_flops(vit: VitConfig) -> int:
@@ -111,7 +140,7 @@ def ledger(
         causal: see the module's docstring.
 
     Raises:
-        ValueError: no question, a negative prefix, or an unknown projector.
+        ValueError: no question, a negative prefix, an unknown projector, or an impossible decoder site.
     """
     if text_tokens < 1 or prefix_tokens < 0:
         raise ValueError(f"text_tokens={text_tokens} must be >= 1 and prefix_tokens={prefix_tokens} >= 0")
@@ -126,20 +155,28 @@ def ledger(
         past = cached = read + (prefix_tokens if method.voco_mask == "prefix_visible" else 0)
         picture_flops = llm_flops(model.llm, picture, head=0, causal=causal)
     per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)
+    by_layer = layer_tokens(model, method)
+    kv_bytes, prompt_kv_bytes = read * per_token, (cached + text_tokens) * per_token
+    if picture_flops is None:
+        rest = prefix_tokens + method.voco + text_tokens
+        prefill = scheduled_flops(model.llm, [count + rest for count in by_layer], causal=causal)
+        unkept = (visual * len(by_layer) - sum(by_layer)) * (per_token // model.llm.layers)
+        kv_bytes, prompt_kv_bytes = kv_bytes - unkept, prompt_kv_bytes - unkept
+    else:
+        prefill = llm_flops(model.llm, text_tokens, past=past, causal=causal)
     return Ledger(
         patches=model.vit.patches,
         encoder_tokens=_encoder_tokens(model, method),
         visual_tokens=visual,
+        layer_tokens=by_layer,
         voco_tokens=method.voco,
         read_tokens=read,
         vit_flops=vit_flops(model.vit),
         projector_flops=projector_flops(model, method, text_tokens=text_tokens),
         picture_flops=picture_flops,
-        prefill_flops=llm_flops(
-            model.llm, text_tokens if picture_flops is not None else picture + text_tokens, past=past, causal=causal
-        ),
-        kv_bytes=read * per_token,
-        prompt_kv_bytes=(cached + text_tokens) * per_token,
+        prefill_flops=prefill,
+        kv_bytes=kv_bytes,
+        prompt_kv_bytes=prompt_kv_bytes,
     )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import llm, vlm
+from tokzip_jax import decoder_site, llm, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.llm import KvCache
 from tokzip_jax.masks import TABLES
@@ -14,19 +14,35 @@ from tokzip_jax.types import PAD, TEXT, Array, Params, TokenStream
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a run of layers remembers of a prompt.
+
+    Attributes:
+        cache: keys and values of these layers, of the prompt and of the free slots behind it.
+        last: stream [B, 1] of each row's last token as these layers saw it.
+        lo, hi: layer numbers (static).
+    """
+
+    cache: KvCache
+    last: TokenStream
+    lo: int = dataclasses.field(metadata={"static": True})
+    hi: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """A read prompt, ready to be continued.
 
     Attributes:
-        cache: keys and values of the prompt and of the free slots behind it.
+        stages: the runs of layers that saw the same tokens: one, or one more for every cut of a decoder site, whose
+            caches are the shorter the later they come.
         logits_BV: [B, V] for the token after each row's last one.
-        last: stream [B, 1] of that last token.
-        free: unused slots at the cache's end (static).
+        free: unused slots at the end of every cache (static).
     """
 
-    cache: KvCache
+    stages: tuple[Stage, ...]
     logits_BV: Array
-    last: TokenStream
     free: int = dataclasses.field(metadata={"static": True})
 
 
@@ -55,14 +71,21 @@ def read(
     cache, stream = llm.write_stream(cache, stream, offset)
     blocks = params["llm"]["layers"] if blocks is None else blocks
     hidden, kv = llm.run_layers(cfg, blocks, x_BTD, stream, table, cache=cache, offset=offset, keep=True)
+    stage = Stage(cache=dataclasses.replace(cache, **kv), last=_last(stream), lo=0, hi=cfg.llm.layers)
+    free = cache.stream.kind.shape[1] - offset - x_BTD.shape[1]
+    return Prompt(stages=(stage,), logits_BV=_last_logits(cfg, params, hidden, stream), free=free)
+
+
+def _last(stream: TokenStream) -> TokenStream:
+    """The stream [B, 1] of each row's last token."""
     last = _last_slot(stream)
-    final = jnp.take_along_axis(hidden, last[:, :, None], axis=1)
-    return Prompt(
-        cache=dataclasses.replace(cache, **kv),
-        logits_BV=llm.logits(cfg, params["llm"], final)[:, 0],
-        last=jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, last, axis=1), stream),
-        free=cache.stream.kind.shape[1] - offset - x_BTD.shape[1],
-    )
+    return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, last, axis=1), stream)
+
+
+def _last_logits(cfg: ModelConfig, params: Params, hidden_BTD: Array, stream: TokenStream) -> Array:
+    """[B, V] of each row's last token."""
+    final = jnp.take_along_axis(hidden_BTD, _last_slot(stream)[:, :, None], axis=1)
+    return llm.logits(cfg, params["llm"], final)[:, 0]
 
 
 def prefill(
@@ -78,14 +101,24 @@ def prefill(
 ) -> Prompt:
     """Read prompts (pictures, VoCo tokens and text) in one pass, leaving room for `max_new` tokens.
 
-    Rows may have different lengths and either padding side; each row holds one thread. Arguments as in `forward`.
+    Rows may have different lengths and either padding side; each row holds one thread. Arguments as in `forward`. A
+    decoder site drops tokens here, once: what is written later finds what each layer kept.
     """
     key = jax.random.key(method.seed) if key is None else key
     table = jnp.asarray(TABLES[method.voco_mask]) if table is None else table
     count = method.voco if voco_count is None else voco_count
-    x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=key)
-    cache = llm.empty_cache(cfg, x.shape[0], x.shape[1] + max_new)
-    return read(cfg, params, x, slots.stream, table, cache=cache, offset=0)
+    x, slots, visual, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=key)
+    if method.decoder == "none":
+        cache = llm.empty_cache(cfg, x.shape[0], x.shape[1] + max_new)
+        return read(cfg, params, x, slots.stream, table, cache=cache, offset=0)
+    sizes = {"images": batch["images"].shape[1], "visual": visual.valid_BM.shape[1]}
+    hidden, slots, runs = decoder_site.run(cfg, params["llm"]["layers"], x, slots, table, method, **sizes, keep=True)
+    stages = []
+    for run in runs:
+        cache = llm.extend(KvCache(k=run.k, v=run.v, stream=run.stream), max_new)
+        stages.append(Stage(cache=cache, last=_last(run.stream), lo=run.lo, hi=run.hi))
+    logits_BV = _last_logits(cfg, params, hidden, slots.stream)
+    return Prompt(stages=tuple(stages), logits_BV=logits_BV, free=max_new)
 
 
 def _choose(logits_BV: Array, temperature: float, key: Array | None) -> Array:
@@ -125,7 +158,7 @@ def decode(
     Raises:
         ValueError: no room in the cache, or sampling without a key.
     """
-    rows, slots = prompt.cache.stream.kind.shape
+    rows = prompt.logits_BV.shape[0]
     if not 1 <= max_new <= prompt.free:
         raise ValueError(
             f"max_new={max_new} does not fit the {prompt.free} free slots behind the prompt; it must lie between 1 and "
@@ -133,27 +166,31 @@ def decode(
         )
     if temperature < 0 or (temperature > 0 and key is None):
         raise ValueError(f"temperature={temperature} needs a value >= 0, and a key where it is above 0")
-    start = slots - prompt.free
 
     def choose(logits_BV: Array, step: Array) -> Array:
         return _choose(logits_BV, temperature, None if key is None else jax.random.fold_in(key, step))
 
     def one_more(carry):
-        step, token, ended, tokens, cache = carry
+        step, token, ended, tokens, caches = carry
         kind = jnp.where(ended, PAD, TEXT).astype(jnp.int32)[:, None]
-        last = prompt.last
-        new = dataclasses.replace(last, kind=kind, segment=jnp.zeros_like(kind), position=last.position + step)
-        cache, new = llm.write_stream(cache, new, start + step - 1)
         x = params["llm"]["embed"]["table"].astype(cfg.dtype)[token[:, None]]
-        hidden, kv = llm.run_layers(cfg, blocks, x, new, table, cache=cache, offset=start + step - 1, keep=True)
-        token = jnp.where(ended, 0, choose(llm.logits(cfg, params["llm"], hidden)[:, 0], step))
+        written = []
+        for stage, cache in zip(prompt.stages, caches, strict=True):
+            position = stage.last.position + step
+            new = dataclasses.replace(stage.last, kind=kind, segment=jnp.zeros_like(kind), position=position)
+            at = cache.stream.kind.shape[1] - prompt.free + step - 1
+            cache, new = llm.write_stream(cache, new, at)
+            part = {"lo": stage.lo, "hi": stage.hi}
+            x, kv = llm.run_layers(cfg, blocks, x, new, table, cache=cache, offset=at, keep=True, **part)
+            written.append(dataclasses.replace(cache, **kv))
+        token = jnp.where(ended, 0, choose(llm.logits(cfg, params["llm"], x)[:, 0], step))
         tokens = tokens.at[:, step].set(token)
-        return step + 1, token, ended | (token == eos_id), tokens, dataclasses.replace(cache, **kv)
+        return step + 1, token, ended | (token == eos_id), tokens, tuple(written)
 
     first = choose(prompt.logits_BV, jnp.int32(0))
     tokens = jnp.zeros((rows, max_new), jnp.int32).at[:, 0].set(first)
-    cache = dataclasses.replace(prompt.cache, k=tuple(prompt.cache.k), v=tuple(prompt.cache.v))
-    carry = (jnp.int32(1), first, first == eos_id, tokens, cache)
+    caches = tuple(dataclasses.replace(s.cache, k=tuple(s.cache.k), v=tuple(s.cache.v)) for s in prompt.stages)
+    carry = (jnp.int32(1), first, first == eos_id, tokens, caches)
     _, _, _, tokens, _ = jax.lax.while_loop(lambda c: (c[0] < max_new) & ~jnp.all(c[2]), one_more, carry)
     # Vocabulary id 0 is padding and may be chosen by an untrained model; count up to the first end instead.
     ends = tokens == eos_id

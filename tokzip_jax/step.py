@@ -107,7 +107,8 @@ def loss_terms(
         (projector,) = teacher["projector"]
         # The uncompressed model, which need not know VoCo tokens.
         plain = dataclasses.replace(stage.method, voco=0, voco_mask="visible", encoder="none", projector=projector)
-        plain = dataclasses.replace(plain, level=0, queries=0, draw_budget=False)
+        plain = dataclasses.replace(plain, level=0, queries=0, draw_budget=False, decoder="none")
+        plain = dataclasses.replace(plain, decoder_layers=(), decoder_keep=())
         whole = vlm.forward(cfg, teacher, batch, plain, voco_count=0, key=key)
         seen, _, _ = losses.targets(whole.layout, max_targets)
         frozen = (losses.pick(whole.hidden_BTD, seen), head(cfg, teacher))
@@ -270,7 +271,14 @@ def score_step(
 
     Returns:
         [B, questions] bool, False where there is no such question.
+
+    Raises:
+        ValueError: several questions a row, and a decoder site that chooses by one.
     """
+    if method.decoder != "none" and questions > 1:
+        raise ValueError(
+            f"{questions} questions a row, but decoder = {method.decoder!r} chooses by one: data.questions must be 1"
+        )
     out = vlm.forward(cfg, params, batch, method, table=table, voco_count=voco_count, key=key)
     read, label, valid = losses.targets(out.layout, max_targets)
     logits = llm.logits(cfg, params["llm"], losses.pick(out.hidden_BTD, read))

@@ -1,6 +1,6 @@
 """The vision-language model: pictures and text in, hidden states, logits or answers out.
 
-    image -> vit -> encoder-site compressor -> projector -> splice with text and VoCo tokens -> llm -> logits
+image -> vit -> encoder-site compressor -> projector -> splice with text and VoCo tokens -> llm -> logits
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import compress, layout, llm, vit
+from tokzip_jax import compress, decoder_site, layout, llm, vit
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import TABLES
@@ -23,7 +23,7 @@ class Forward:
 
     Attributes:
         hidden_BTD: [B, T', D] hidden states before the final norm, one a slot.
-        layout: what every slot is.
+        layout: what every slot is (behind the last cut, where the method has a decoder site).
         visual: the visual tokens after the projector, [B*I, M, ...].
         summary_BD: the CLS token behind the vision tower's last norm, [B*I, D] (None unless asked for).
     """
@@ -185,9 +185,7 @@ def embed(
     visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary, text=text)
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
-    slots = layout.expand(
-        batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count
-    )
+    slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
     return splice(cfg, params, slots, flat), slots, visual, pooled
 
@@ -222,7 +220,8 @@ def forward(
     x, slots, visual, pooled = embed(
         cfg, params, batch, method, voco_count=count, key=key, summary=summary, token_dropout=token_dropout
     )
-    hidden, _ = llm.run_layers(cfg, params["llm"]["layers"], x, slots.stream, table)
+    sizes = {"images": batch["images"].shape[1], "visual": visual.valid_BM.shape[1]}
+    hidden, slots, _ = decoder_site.run(cfg, params["llm"]["layers"], x, slots, table, method, **sizes)
     return Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)
 
 

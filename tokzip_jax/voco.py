@@ -85,8 +85,8 @@ def build(
 
     Raises:
         ValueError: a mask that would have to keep the vision tokens, no VoCo slots, a projector that reads the
-            question, an unknown policy, or several samples packed into a row (not seen under jit, where the integers
-            are not known).
+            question, a decoder site, an unknown policy, or several samples packed into a row (not seen under jit, where
+            the integers are not known).
     """
     if method.voco_mask == "visible" or method.voco < 1:
         raise ValueError(
@@ -99,6 +99,8 @@ def build(
             "alone: two-stage inference needs a projector that reads the picture alone"
         )
     _check_policy(positions)
+    if method.decoder != "none":
+        raise ValueError(f"decoder = {method.decoder!r} chooses by the question, which stage one has not: use 'none'")
     sample = batch["sample"]
     if not isinstance(sample, jax.core.Tracer) and sample.max() > 1:
         raise ValueError("a row holds several samples (batch['sample'] > 1): two-stage inference reads one a row")

@@ -202,4 +202,5 @@ def _result(name: str, costs: flops.Ledger | None, score: scoring.Score) -> tabl
         accuracy_not_yes_no=score.not_yes_no,
         kv_bytes=costs.kv_bytes if costs else None,
         prefill_flops=costs.prefill_flops if costs else None,
+        note=f"{costs.mean_tokens:.4g} a layer on average" if costs and len(set(costs.layer_tokens)) > 1 else "",
     )

@@ -1,0 +1,323 @@
+"""Cuts between layers against a plain reading of each method, row by row, and what has to hold of all of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import naive_decoder
+import numpy as np
+import pytest
+import tiny_model as tiny
+
+from tokzip_jax import decoder_site, generate, layout, llm, stack, vlm
+from tokzip_jax.config import MethodConfig
+from tokzip_jax.masks import TABLES
+from tokzip_jax.types import IMAGE_ID, PAD, TEXT, VISION
+
+CFG, V = tiny.MODEL, 24
+RNG = np.random.default_rng(3)
+BLOCKS = tiny.params()["llm"]["layers"]
+ANSWER = {"supervised": True}
+# Two pictures with text between them, one picture with an answer behind its question, text only, a picture of few tokens.
+ROWS = [
+    [[1, IMAGE_ID, 5, 6, IMAGE_ID, 7, 8, 9, 10, 11]],
+    [[1, 4, IMAGE_ID, 7, 8, 9, 3], ([12, 13], ANSWER)],
+    [[1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]],
+    [[IMAGE_ID, 20, 21, 22]],
+]
+VALID = np.ones((4, 2, V), bool)
+VALID[3, 0, [0, 5, *range(9, V)]] = False
+METHODS = {
+    "fastv": MethodConfig(decoder="fastv", decoder_layers=(1, 2), decoder_keep=(9, 5)),
+    "fastv_paper": MethodConfig(decoder="fastv_paper", decoder_layers=(2,), decoder_keep=(5,)),
+    "pyramiddrop": MethodConfig(decoder="pyramiddrop", decoder_layers=(1, 2), decoder_keep=(12, 3)),
+    "sparsevlm": MethodConfig(decoder="sparsevlm", decoder_layers=(1, 2), decoder_keep=(10, 4)),
+    "sparsevlm_v1": MethodConfig(
+        decoder="sparsevlm_v1", decoder_layers=(1, 2), decoder_keep=(12, 6), decoder_scale=2.5, decoder_bias=1.0
+    ),
+    "sparsevlm_plus": MethodConfig(
+        decoder="sparsevlm_plus", decoder_layers=(1, 2), decoder_keep=(9, 4), decoder_heads=2
+    ),
+}
+expand = jax.jit(functools.partial(layout.expand, voco=0, voco_count=0))
+
+
+def slots_of(rows=ROWS, valid=VALID, left=False):
+    return expand(tiny.batch(rows, 12, left=left, count=2), valid)
+
+
+def embeddings(slots, seed=0, same=True):
+    """Random embeddings; the n-th real slot of a row has the same one on either padding side."""
+    kind = np.asarray(slots.stream.kind)
+    values = np.random.default_rng(seed).normal(size=(*kind.shape, CFG.llm.width)).astype(np.float32)
+    x = np.zeros_like(values)
+    for row in range(len(kind)):
+        real = np.flatnonzero(kind[row] != PAD)
+        x[row, real] = values[row, : len(real)]
+    return x
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def run(x, slots, method, blocks=BLOCKS):
+    return decoder_site.run(CFG, blocks, x, slots, jnp.asarray(TABLES["visible"]), method, images=2, visual=V)[:2]
+
+
+@functools.cache
+def blocks64():
+    return [jax.tree.map(np.float64, block) for block in stack.unstack(BLOCKS)]
+
+
+def naive(x, slots, row, method):
+    """The plain reading of a row of the batch."""
+    stream = jax.tree.map(lambda leaf: np.asarray(leaf)[row], slots.stream)
+    real = stream.kind != PAD
+    answer = np.flatnonzero(np.asarray(slots.supervised)[row])
+    prompt = np.arange(len(real)) < (answer[0] if len(answer) else len(real))
+    picture = np.where(stream.kind == VISION, stream.segment, 0)
+    plain = naive_decoder.Row(*(np.asarray(leaf)[real] for leaf in (x[row], stream.position, picture, prompt)))
+    plain.x = plain.x.astype(np.float64)
+    return naive_decoder.run(CFG.llm, blocks64(), method, plain)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_its_plain_reading(name, left):
+    """States, order, pictures and position ids of all that is left, for each row of a batch on its own."""
+    method, slots = METHODS[name], slots_of(left=left)
+    x = embeddings(slots)
+    hidden, found = jax.tree.map(np.asarray, run(x, slots, method))
+    assert hidden.shape[1] < x.shape[1]
+    for row in range(len(ROWS)):
+        expected = naive(x, slots, row, method)
+        real = found.stream.kind[row] != PAD
+        np.testing.assert_array_equal(found.stream.position[row, real], expected.position)
+        np.testing.assert_array_equal(
+            np.where(found.stream.kind[row] == VISION, found.stream.segment[row], 0)[real], expected.picture
+        )
+        tiny.close(hidden[row, real], expected.x, atol=2e-4)
+        # Text is never dropped, a visual token never there twice, and none is made up.
+        before = np.asarray(slots.ids)[row]
+        np.testing.assert_array_equal(found.ids[row][found.ids[row] > 0], before[before > 0])
+        visual = found.visual[row][found.visual[row] >= 0]
+        assert len(set(visual)) == len(visual) and set(visual) <= set(np.asarray(slots.visual)[row])
+        # Where each slot's predecessor is still there, it is that one.
+        assert np.all(np.diff(np.flatnonzero(real)) == 1) and np.all(
+            found.previous[row][real] == np.arange(-1, real.sum() - 1)
+        )
+    assert np.asarray(found.supervised).sum() == 2
+
+
+def test_budgets_are_met():
+    slots = slots_of()
+    x = embeddings(slots)
+    counts = {
+        "fastv": [5, 5, 0, 5],
+        "fastv_paper": [5, 5, 0, 5],
+        "pyramiddrop": [3, 3, 0, 3],
+        "sparsevlm": [5, 5, 0, 5],
+    }
+    for name, expected in counts.items():
+        _, found = run(x, slots, METHODS[name])
+        kind, segment = np.asarray(found.stream.kind), np.asarray(found.stream.segment)
+        np.testing.assert_array_equal(np.sum((kind == VISION) & (segment == 1), axis=1), expected)
+        np.testing.assert_array_equal(np.sum((kind == VISION) & (segment == 2), axis=1), [expected[0], 0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop"])
+def test_masking_is_gathering(name):
+    slots = slots_of(left=True)
+    x = embeddings(slots)
+    for policy in ("official", "original", "compact") if name == "fastv" else ("official",):
+        method = dataclasses.replace(METHODS[name], decoder_positions=policy)
+        short, left_over = run(x, slots, method)
+        whole, masked = run(x, slots, dataclasses.replace(method, decoder_form="mask"))
+        assert whole.shape == x.shape and short.shape[1] == x.shape[1] - 2 * (V - method.decoder_keep[-1])
+        for row in range(len(ROWS)):
+            ours, theirs = (np.asarray(s.stream.kind)[row] != PAD for s in (left_over, masked))
+            tiny.close(np.asarray(short)[row, ours], np.asarray(whole)[row, theirs], atol=1e-5)
+            for name in ("ids", "visual", "supervised"):
+                np.testing.assert_array_equal(
+                    np.asarray(getattr(left_over, name))[row, ours], np.asarray(getattr(masked, name))[row, theirs]
+                )
+
+
+def test_position_policies_differ_and_are_what_they_say():
+    slots = slots_of()
+    x = embeddings(slots)
+    found = {}
+    for policy in ("original", "compact"):
+        method = dataclasses.replace(METHODS["fastv"], decoder_positions=policy)
+        hidden, after = run(x, slots, method)
+        real = np.asarray(after.stream.kind)[0] != PAD
+        found[policy] = np.asarray(hidden)[0, real], np.asarray(after.stream.position)[0, real]
+    assert np.abs(found["original"][0] - found["compact"][0]).max() > 1e-3
+    np.testing.assert_array_equal(found["compact"][1], np.arange(len(found["compact"][1])))
+    assert found["original"][1][-1] == np.asarray(slots.stream.position).max()
+
+
+def test_keeping_everything_is_the_plain_model():
+    slots = slots_of()
+    x = embeddings(slots)
+    plain, _ = jax.jit(lambda x, s: llm.run_layers(CFG, BLOCKS, x, s.stream, TABLES["visible"]))(x, slots)
+    real = np.asarray(slots.stream.kind) != PAD
+    for name in ("fastv", "sparsevlm"):
+        hidden, found = run(x, slots, dataclasses.replace(METHODS[name], decoder_keep=(V, V)))
+        tiny.close(np.asarray(hidden)[real], np.asarray(plain)[real])
+        np.testing.assert_array_equal(found.stream.kind, slots.stream.kind)
+
+
+def test_the_choice_does_not_look_at_the_answer():
+    """The same question with other words behind it, marked as its answer, keeps the same tokens; a question does not."""
+    slots = slots_of()
+    x = embeddings(slots)
+    answered, asked = x.copy(), x.copy()
+    at = np.flatnonzero(np.asarray(slots.supervised)[1])
+    answered[1, at] = 3 * RNG.normal(size=(2, CFG.llm.width))
+    asked[1, at[0] - 4 : at[0]] = 3 * RNG.normal(size=(4, CFG.llm.width))
+    for name in METHODS:
+        visual = [np.asarray(run(values, slots, METHODS[name])[1].visual)[1] for values in (x, answered, asked)]
+        np.testing.assert_array_equal(visual[0], visual[1])
+        assert not np.array_equal(visual[0], visual[2]), name
+
+
+def test_eager_is_jit_and_no_picture_compiles_again():
+    slots = slots_of()
+    method = METHODS["sparsevlm"]
+    compiled = jax.jit(lambda x, slots: run.__wrapped__(x, slots, method))
+    for seed in (0, 1):
+        x = embeddings(slots, seed)
+        jitted, _ = compiled(x, slots)
+    compiled(embeddings(slots_of(left=True)), slots_of(left=True))
+    assert compiled._cache_size() == 1
+    eager, found = run.__wrapped__(x, slots, method)
+    real = np.asarray(found.stream.kind) != PAD
+    tiny.close(np.asarray(eager)[real], np.asarray(jitted)[real], atol=1e-4)
+
+
+def test_a_split_stack_and_single_layers_are_the_same_model():
+    slots = slots_of()
+    x = embeddings(slots)
+    for name, expected in (("fastv", (1, 2)), ("fastv_paper", (1, 2)), ("pyramiddrop", (1, 2))):
+        assert decoder_site.cuts(METHODS[name]) == expected
+    assert decoder_site.cuts(MethodConfig()) == ()
+    hidden, found = run(x, slots, METHODS["fastv_paper"])
+    real = np.asarray(found.stream.kind) != PAD
+    for blocks in (stack.split(stack.join(BLOCKS), (1, 2)), stack.unstack(BLOCKS)):
+        other, _ = run(x, slots, METHODS["fastv_paper"], blocks)
+        tiny.close(np.asarray(other)[real], np.asarray(hidden)[real])
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "pyramiddrop"])
+def test_gradients_are_those_of_finite_differences(name):
+    slots = slots_of()
+    x = embeddings(slots)
+    weights = RNG.normal(size=(CFG.llm.width,)).astype(np.float32)
+
+    def loss(x, blocks):
+        hidden, found = run.__wrapped__(x, slots, METHODS[name], blocks)
+        return jnp.sum(jnp.where((found.stream.kind == TEXT)[:, :, None], hidden * weights, 0))
+
+    of_x, of_blocks = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, BLOCKS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((of_x, of_blocks)))
+    # A step so small that no choice changes.
+    direction = RNG.normal(size=x.shape).astype(np.float32) * (np.asarray(slots.stream.kind) != PAD)[:, :, None]
+    value = jax.jit(loss)
+    step = 1e-3
+    slope = (value(x + step * direction, BLOCKS) - value(x - step * direction, BLOCKS)) / (2 * step)
+    assert float(slope) == pytest.approx(float(jnp.sum(of_x * direction)), rel=0.02)
+
+
+def rows_with(questions, answers=None):
+    """One picture a row, a question, and an answer that is marked as such."""
+    parts = [[tiny.PICTURE[:2], question] for question in questions]
+    if answers is not None:
+        parts = [[*part, (answer, ANSWER)] for part, answer in zip(parts, answers)]
+    return tiny.batch(parts, 16, left=answers is None)
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "pyramiddrop"])
+def test_cached_decoding_is_a_full_pass_with_the_same_tokens(name):
+    """Rows of different lengths: prefill drops once; a whole pass over prompt and answer chooses the same and agrees."""
+    method = dataclasses.replace(METHODS[name], decoder_keep=(9, 4))
+    questions = [tiny.words(RNG, count) for count in (6, 3, 9)]
+    tokens, _ = tiny.answer(
+        tiny.params(), rows_with(questions), TABLES["visible"], np.int32(0), np.int32(-1), method=method
+    )
+    tokens = np.asarray(tokens)
+    logits, slots = tiny.forward(
+        tiny.params(), rows_with(questions, tokens.tolist()), TABLES["visible"], np.int32(0), method=method
+    )
+    for row in range(3):
+        text = tiny.logits_of_text(logits, slots, row, kind=TEXT)
+        np.testing.assert_array_equal(np.argmax(text[-6:-1], axis=-1), tokens[row])
+
+
+def test_caches_are_as_long_as_what_each_run_of_layers_saw():
+    method = METHODS["sparsevlm"]
+    shapes = jax.eval_shape(
+        lambda p, b: generate.prefill(CFG, p, b, method, max_new=3), tiny.params(), rows_with([[5], [6]])
+    )
+    # 16 patches: 10 + 1 merged, then 4 + 1; 16 text ids of which the picture is one, and three free slots.
+    assert [(s.lo, s.hi, s.cache.k.shape) for s in shapes.stages] == [
+        (lo, lo + 1, (1, 2, CFG.llm.kv_heads, 15 + visual + 3, CFG.llm.head_dim))
+        for lo, visual in enumerate((16, 11, 5))
+    ]
+
+
+def test_sites_compose():
+    """VisionZip before PyramidDrop, pooling before FastV: shapes, and a picture still matters."""
+    zipped = MethodConfig(
+        encoder="visionzip", tokens=8, contextual=2, decoder="pyramiddrop", decoder_layers=(1,), decoder_keep=(3,)
+    )
+    batch = rows_with([[5, 6], [7]])
+    hidden = {}
+    for seed in (0, 1):
+        images = tiny.images(2, seed=seed)
+        logits, slots = tiny.forward(tiny.params(), {**batch, "images": images}, TABLES["visible"], 0, method=zipped)
+        assert np.sum(np.asarray(slots.stream.kind) == VISION) == 6
+        hidden[seed] = tiny.logits_of_text(logits, slots, 0, kind=TEXT)
+    assert np.abs(hidden[0] - hidden[1]).max() > 0.01
+    pooled = MethodConfig(
+        projector="avgpool_linear", pool_grid=2, decoder="fastv", decoder_layers=(1,), decoder_keep=(3,)
+    )
+    assert [step.before for step in decoder_site.check(pooled, vlm.visual_slots(CFG, pooled), CFG.llm)] == [4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decoder": "fast"}, "decoder = 'fast' is unknown; choose one of 'none', 'fastv'"),
+        ({"decoder": "none"}, r"decoder_layers = \(1, 2\) and decoder_keep = \(9, 5\) need a decoder"),
+        ({"decoder_keep": (9,)}, r"decoder_keep = \(9,\) must name one number of tokens for each layer"),
+        ({"decoder_layers": (), "decoder_keep": ()}, "there must be at least one"),
+        ({"decoder_layers": (2, 1)}, r"decoder_layers = \(2, 1\) must increase strictly and lie between 1 and 2"),
+        ({"decoder_layers": (1, 3)}, "must increase strictly and lie between 1 and 2"),
+        ({"decoder_layers": (0, 1)}, "must increase strictly and lie between 1 and 2"),
+        ({"decoder_keep": (5, 9)}, "asks for 9 tokens at layer 2, where 5 arrive; it must lie between 1 and 5"),
+        ({"decoder_keep": (25, 9)}, "asks for 25 tokens at layer 1, where 24 arrive"),
+        ({"decoder_keep": (9, 0)}, "asks for 0 tokens at layer 2"),
+        ({"decoder_form": "drop"}, "decoder_form = 'drop' is unknown; choose one of 'gather', 'mask'"),
+        ({"decoder_positions": "new"}, "decoder_positions = 'new' is unknown"),
+        (
+            {"voco": 2, "voco_mask": "voco"},
+            "decoder = 'fastv' drops vision tokens that text reads, but under voco_mask",
+        ),
+        ({"decoder": "sparsevlm", "decoder_form": "mask"}, "decoder_form = 'mask' adds no tokens"),
+        ({"decoder": "sparsevlm_plus"}, "decoder_heads = 14 must lie between 1 and the model's 4 heads"),
+        (
+            {"decoder": "sparsevlm_v1", "decoder_scale": -1.0},
+            "decoder_scale = -1.0 and decoder_bias = 0.0 must be >= 0",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_site.check(dataclasses.replace(METHODS["fastv"], **fields), V, CFG.llm)
+
+
+def test_several_questions_are_refused():
+    threads = [([5, 6], {"thread": number}) for number in (1, 2)]
+    slots = expand(tiny.batch([[[1, IMAGE_ID], *threads]], 12, count=2), np.ones((1, 2, V), bool))
+    with pytest.raises(ValueError, match="a row holds several questions .* pack one a row"):
+        run.__wrapped__(embeddings(slots), slots, METHODS["fastv"])
