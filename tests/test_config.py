@@ -216,6 +216,14 @@ BAD = {
     "stages.voco.voco_counts": ((2,), r"voco_counts holds 2; .* between 1 and stages\.voco\.method\.voco = 1"),
     "rows.upper.stage": ("bass", r"rows\.upper\.stage = 'bass' is unknown; choose one of 'base', 'voco'"),
     "rows.upper.method": (MethodConfig(projector="avgpool_linear", pool_grid=3, voco_mask="visible"), r"a divisor of"),
+    "stages.base.method": (
+        MethodConfig(decoder="fastv", decoder_layers=(1,), decoder_keep=(3,)),
+        r"data\.questions = 0 must be 1 for stages\.base\.method\.decoder = 'fastv'",
+    ),
+    "rows.lower.method": (
+        MethodConfig(decoder="fastv", decoder_layers=(9,), decoder_keep=(3,)),
+        r"rows\.lower\.method\.decoder_layers = \(9,\) must increase strictly and lie between 1 and",
+    ),
     "eval.upper": ("best", r"eval\.upper = 'best' is unknown; choose one of 'lower', 'upper'"),
     "eval.order": (("upper", "x"), r"eval\.order entry = 'x' is unknown"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import decoder_site, generate, layout, llm, stack, vlm
+from tokzip_jax import decoder_site, generate, layout, llm, stack, step, vlm
 from tokzip_jax.config import MethodConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.types import IMAGE_ID, PAD, TEXT, VISION
@@ -19,7 +19,7 @@ CFG, V = tiny.MODEL, 24
 RNG = np.random.default_rng(3)
 BLOCKS = tiny.params()["llm"]["layers"]
 ANSWER = {"supervised": True}
-# Two pictures with text between them, one picture with an answer behind its question, text only, a picture of few tokens.
+# Two pictures with text between them; one, with an answer behind its question; text only; a picture of few tokens.
 ROWS = [
     [[1, IMAGE_ID, 5, 6, IMAGE_ID, 7, 8, 9, 10, 11]],
     [[1, 4, IMAGE_ID, 7, 8, 9, 3], ([12, 13], ANSWER)],
@@ -101,22 +101,17 @@ def test_every_method_is_its_plain_reading(name, left):
         np.testing.assert_array_equal(found.ids[row][found.ids[row] > 0], before[before > 0])
         visual = found.visual[row][found.visual[row] >= 0]
         assert len(set(visual)) == len(visual) and set(visual) <= set(np.asarray(slots.visual)[row])
-        # Where each slot's predecessor is still there, it is that one.
-        assert np.all(np.diff(np.flatnonzero(real)) == 1) and np.all(
-            found.previous[row][real] == np.arange(-1, real.sum() - 1)
-        )
+        # What is left stands together, each slot predicted from the one before it.
+        np.testing.assert_array_equal(np.flatnonzero(real), np.arange(real.sum()))
+        np.testing.assert_array_equal(found.previous[row][real], np.arange(-1, real.sum() - 1))
     assert np.asarray(found.supervised).sum() == 2
 
 
 def test_budgets_are_met():
     slots = slots_of()
     x = embeddings(slots)
-    counts = {
-        "fastv": [5, 5, 0, 5],
-        "fastv_paper": [5, 5, 0, 5],
-        "pyramiddrop": [3, 3, 0, 3],
-        "sparsevlm": [5, 5, 0, 5],
-    }
+    five = [5, 5, 0, 5]
+    counts = {"fastv": five, "fastv_paper": five, "pyramiddrop": [3, 3, 0, 3], "sparsevlm": five}
     for name, expected in counts.items():
         _, found = run(x, slots, METHODS[name])
         kind, segment = np.asarray(found.stream.kind), np.asarray(found.stream.segment)
@@ -136,9 +131,9 @@ def test_masking_is_gathering(name):
         for row in range(len(ROWS)):
             ours, theirs = (np.asarray(s.stream.kind)[row] != PAD for s in (left_over, masked))
             tiny.close(np.asarray(short)[row, ours], np.asarray(whole)[row, theirs], atol=1e-5)
-            for name in ("ids", "visual", "supervised"):
+            for field in ("ids", "visual", "supervised"):
                 np.testing.assert_array_equal(
-                    np.asarray(getattr(left_over, name))[row, ours], np.asarray(getattr(masked, name))[row, theirs]
+                    np.asarray(getattr(left_over, field))[row, ours], np.asarray(getattr(masked, field))[row, theirs]
                 )
 
 
@@ -168,7 +163,7 @@ def test_keeping_everything_is_the_plain_model():
 
 
 def test_the_choice_does_not_look_at_the_answer():
-    """The same question with other words behind it, marked as its answer, keeps the same tokens; a question does not."""
+    """Other words behind the same question, marked as its answer, keep the same tokens; another question does not."""
     slots = slots_of()
     x = embeddings(slots)
     answered, asked = x.copy(), x.copy()
@@ -223,34 +218,49 @@ def test_gradients_are_those_of_finite_differences(name):
     # A step so small that no choice changes.
     direction = RNG.normal(size=x.shape).astype(np.float32) * (np.asarray(slots.stream.kind) != PAD)[:, :, None]
     value = jax.jit(loss)
-    step = 1e-3
-    slope = (value(x + step * direction, BLOCKS) - value(x - step * direction, BLOCKS)) / (2 * step)
+    ahead, back = value(x + 1e-3 * direction, BLOCKS), value(x - 1e-3 * direction, BLOCKS)
+    slope = (ahead - back) / 2e-3
     assert float(slope) == pytest.approx(float(jnp.sum(of_x * direction)), rel=0.02)
+
+
+QUESTIONS = [tiny.words(RNG, count) for count in (6, 3, 9)]
 
 
 def rows_with(questions, answers=None):
     """One picture a row, a question, and an answer that is marked as such."""
-    parts = [[tiny.PICTURE[:2], question] for question in questions]
+    parts = [[tiny.PICTURE[:2], (question, {"thread": 1})] for question in questions]
     if answers is not None:
-        parts = [[*part, (answer, ANSWER)] for part, answer in zip(parts, answers)]
+        parts = [[*part, (answer, {"thread": 1, **ANSWER})] for part, answer in zip(parts, answers)]
     return tiny.batch(parts, 16, left=answers is None)
 
 
-@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "pyramiddrop"])
-def test_cached_decoding_is_a_full_pass_with_the_same_tokens(name):
-    """Rows of different lengths: prefill drops once; a whole pass over prompt and answer chooses the same and agrees."""
+def written(name):
+    """A method, and what it answers to rows of different lengths, [3, 5]."""
     method = dataclasses.replace(METHODS[name], decoder_keep=(9, 4))
-    questions = [tiny.words(RNG, count) for count in (6, 3, 9)]
-    tokens, _ = tiny.answer(
-        tiny.params(), rows_with(questions), TABLES["visible"], np.int32(0), np.int32(-1), method=method
-    )
-    tokens = np.asarray(tokens)
-    logits, slots = tiny.forward(
-        tiny.params(), rows_with(questions, tokens.tolist()), TABLES["visible"], np.int32(0), method=method
-    )
+    batch, table = rows_with(QUESTIONS), TABLES["visible"]
+    return method, np.asarray(tiny.answer(tiny.params(), batch, table, np.int32(0), np.int32(-1), method=method)[0])
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm"])
+def test_cached_decoding_is_a_full_pass_with_the_same_tokens(name):
+    """Prefill drops once, and a whole pass over prompt and answer chooses the same and agrees."""
+    method, tokens = written(name)
+    batch = rows_with(QUESTIONS, tokens.tolist())
+    logits, slots = tiny.forward(tiny.params(), batch, TABLES["visible"], np.int32(0), method=method)
     for row in range(3):
         text = tiny.logits_of_text(logits, slots, row, kind=TEXT)
         np.testing.assert_array_equal(np.argmax(text[-6:-1], axis=-1), tokens[row])
+
+
+def test_scoring_is_what_a_greedy_decode_would_write():
+    method, tokens = written("pyramiddrop")
+    wrong = tokens.copy()
+    wrong[[0, 2], [4, 0]] = wrong[[0, 2], [4, 0]] % 29 + 3
+    score = jax.jit(lambda b: step.score_step(CFG, method, tiny.params(), b, questions=1, max_targets=5))
+    assert np.asarray(score(rows_with(QUESTIONS, tokens.tolist()))).ravel().tolist() == [True] * 3
+    assert np.asarray(score(rows_with(QUESTIONS, wrong.tolist()))).ravel().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"2 questions a row, but decoder = 'pyramiddrop' chooses by one"):
+        step.score_step(CFG, method, tiny.params(), {}, questions=2, max_targets=5)
 
 
 def test_caches_are_as_long_as_what_each_run_of_layers_saw():
@@ -278,9 +288,8 @@ def test_sites_compose():
         assert np.sum(np.asarray(slots.stream.kind) == VISION) == 6
         hidden[seed] = tiny.logits_of_text(logits, slots, 0, kind=TEXT)
     assert np.abs(hidden[0] - hidden[1]).max() > 0.01
-    pooled = MethodConfig(
-        projector="avgpool_linear", pool_grid=2, decoder="fastv", decoder_layers=(1,), decoder_keep=(3,)
-    )
+    pooled = MethodConfig(projector="avgpool_linear", pool_grid=2)
+    pooled = dataclasses.replace(pooled, decoder="fastv", decoder_layers=(1,), decoder_keep=(3,))
     assert [step.before for step in decoder_site.check(pooled, vlm.visual_slots(CFG, pooled), CFG.llm)] == [4]
 
 
@@ -319,5 +328,5 @@ def test_what_cannot_be_is_refused(fields, message):
 def test_several_questions_are_refused():
     threads = [([5, 6], {"thread": number}) for number in (1, 2)]
     slots = expand(tiny.batch([[[1, IMAGE_ID], *threads]], 12, count=2), np.ones((1, 2, V), bool))
-    with pytest.raises(ValueError, match="a row holds several questions .* pack one a row"):
+    with pytest.raises(ValueError, match=r"a row holds several questions .* pack one a row"):
         run.__wrapped__(embeddings(slots), slots, METHODS["fastv"])

@@ -1,13 +1,15 @@
 """The ledger against XLA's own count, published figures and arithmetic by hand."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tokzip_jax import flops
+from tokzip_jax import decoder_site, flops, layout, llm, stack
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.masks import TABLES
 
 VICUNA_7B = ModelConfig(dtype="bfloat16")
 PLAIN = MethodConfig(voco_mask="visible")
@@ -126,6 +128,70 @@ def test_ledger_follows_the_sites():
     both = dataclasses.replace(zipped, voco=2, voco_mask="voco")
     ours = flops.ledger(VICUNA_7B, both, text_tokens=64)
     assert (ours.visual_tokens, ours.read_tokens) == (64, 2)
+
+
+def counted(method, cfg, *, images, text):
+    """XLA's FLOPs of a decoder with cuts over one row, layers unrolled, without its head."""
+    visual = cfg.vit.patches
+    ids = jax.ShapeDtypeStruct((1, images + text), jnp.int32)
+    batch = {"ids": ids, "thread": ids, "sample": ids, "supervised": jax.ShapeDtypeStruct(ids.shape, bool)}
+    valid = jax.ShapeDtypeStruct((1, images, visual), bool)
+    slots = jax.eval_shape(functools.partial(layout.expand, voco=0, voco_count=0), batch, valid)
+    x = jax.ShapeDtypeStruct((*slots.ids.shape, cfg.llm.width), jnp.float32)
+    blocks = jax.eval_shape(lambda: stack.unstack(llm.init(cfg.llm, jax.random.key(0))["layers"]))
+
+    def run(blocks, x, slots):
+        return decoder_site.run(
+            cfg, blocks, x, slots, jnp.asarray(TABLES["visible"]), method, images=images, visual=visual
+        )[0]
+
+    return jax.jit(run).lower(blocks, x, slots).compile().cost_analysis()["flops"]
+
+
+SCHEDULED = ModelConfig(
+    vit=VitConfig(image_size=96, patch_size=8, width=16, layers=2, heads=2, mlp_dim=32),
+    llm=dataclasses.replace(SMALL, width=256, layers=4, head_dim=32, mlp_dim=768),
+)
+FASTV = MethodConfig(decoder="fastv", decoder_layers=(2,), decoder_keep=(36,))
+
+
+def test_scheduled_flops_within_five_percent_of_xla():
+    tokens = flops.layer_tokens(SCHEDULED, FASTV)
+    assert tokens == (144, 144, 36, 36)
+    new = [count + 8 for count in tokens]
+    ours = flops.scheduled_flops(SCHEDULED.llm, new, head=0, causal=False)
+    assert ours == pytest.approx(counted(FASTV, SCHEDULED, images=1, text=8), rel=0.05)
+    # The count is of this schedule: without the cut it would be far off.
+    assert flops.scheduled_flops(SCHEDULED.llm, [152] * 4, head=0, causal=False) > 1.4 * ours
+
+
+def test_pyramiddrop_reads_the_next_layer_without_running_it():
+    """One row of scores costs that layer's queries and keys, not its feed-forward."""
+    method = dataclasses.replace(FASTV, decoder="pyramiddrop")
+    llm_cfg = SCHEDULED.llm
+    ours = flops.scheduled_flops(llm_cfg, [152, 152, 44, 44], head=0, causal=False)
+    ours += 2 * 152 * llm_cfg.width * (llm_cfg.heads + llm_cfg.kv_heads) * llm_cfg.head_dim
+    assert ours == pytest.approx(counted(method, SCHEDULED, images=1, text=8), rel=0.05)
+
+
+def test_ledger_of_a_decoder_site():
+    """FastV at layer 2 of 32 with half the tokens (average 306), and PyramidDrop's schedule, by hand."""
+    llm_cfg = VICUNA_7B.llm
+    half = dataclasses.replace(PLAIN, decoder="fastv", decoder_layers=(2,), decoder_keep=(288,))
+    ours = flops.ledger(VICUNA_7B, half, text_tokens=64)
+    assert ours.layer_tokens == (576,) * 2 + (288,) * 30 and ours.mean_tokens == 306
+    assert (ours.visual_tokens, ours.read_tokens) == (576, 576)
+    two, thirty = (dataclasses.replace(llm_cfg, layers=count) for count in (2, 30))
+    expected = flops.llm_flops(two, 1 + 576 + 64, head=0) + flops.llm_flops(thirty, 1 + 288 + 64)
+    assert ours.prefill_flops == expected
+    per_layer = 524_288 // 32
+    assert ours.kv_bytes == (2 * 576 + 30 * 288) * per_layer
+    assert ours.prompt_kv_bytes == ours.kv_bytes + 65 * 524_288
+    pyramid = dataclasses.replace(PLAIN, decoder="pyramiddrop", decoder_layers=(8, 16, 24), decoder_keep=(288, 144, 72))
+    assert flops.ledger(VICUNA_7B, pyramid, text_tokens=64).mean_tokens == (576 + 288 + 144 + 72) / 4
+    # SparseVLM's merged tokens are there too: 206.5 tokens a layer for its "192".
+    sparse = dataclasses.replace(PLAIN, decoder="sparsevlm", decoder_layers=(3, 7, 16), decoder_keep=(300, 200, 110))
+    assert flops.ledger(VICUNA_7B, sparse, text_tokens=64).mean_tokens == pytest.approx(206.5, abs=0.05)
 
 
 def test_ledger_refuses_what_costs_nothing():
