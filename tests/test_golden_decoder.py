@@ -56,21 +56,21 @@ def row(prefix, visual, text):
     return jax.jit(layout.expand, static_argnames="voco")(batch, np.ones((1, 1, visual), bool), voco=0, voco_count=0)
 
 
-@pytest.mark.parametrize(("cut", "keep"), [(1, 6), (2, 12), (3, 6)])
-def test_fastv(cut, keep):
-    """Gathered against their in-place variant, masked against their mask variant, and the slots that are kept."""
+CASES = [(1, 6, "gather"), (2, 12, "gather"), (3, 6, "gather"), (2, 6, "mask")]
+
+
+@pytest.mark.parametrize(("cut", "keep", "form"), CASES)
+def test_fastv(cut, keep, form):
+    """Gathered against their in-place variant, masked against their mask variant; and the slots that are kept."""
     name = f"K{cut}_r{keep}/"
     kept = FASTV[f"{name}keep"]
-    stacked, scale = blocks(FASTV, 6), FASTV["sd/norm.weight"]
-    for form, theirs in (("gather", "inplace_last_hidden"), ("mask", "mask_last_hidden")):
-        method = c.MethodConfig(decoder="fastv", decoder_layers=(cut,), decoder_keep=(keep,), decoder_form=form)
-        hidden, after, _ = run(FASTV["inputs_embeds"], row(5, 24, 7), stacked, scale, depth=6, visual=24, method=method)
-        real = np.asarray(after.stream.kind)[0] != PAD
-        np.testing.assert_array_equal(np.asarray(after.stream.position)[0, real], kept)
-        expected = FASTV[name + theirs][0]
-        np.testing.assert_allclose(
-            np.asarray(hidden)[0, real], expected if form == "gather" else expected[kept], atol=1e-4
-        )
+    method = c.MethodConfig(decoder="fastv", decoder_layers=(cut,), decoder_keep=(keep,), decoder_form=form)
+    x, scale = FASTV["inputs_embeds"], FASTV["sd/norm.weight"]
+    hidden, after, _ = run(x, row(5, 24, 7), blocks(FASTV, 6), scale, depth=6, visual=24, method=method)
+    real = np.asarray(after.stream.kind)[0] != PAD
+    np.testing.assert_array_equal(np.asarray(after.stream.position)[0, real], kept)
+    expected = FASTV[f"{name}inplace_last_hidden"][0] if form == "gather" else FASTV[f"{name}mask_last_hidden"][0, kept]
+    np.testing.assert_allclose(np.asarray(hidden)[0, real], expected, atol=1e-4)
 
 
 def test_sparsevlm_v1_5():
