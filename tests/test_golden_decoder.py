@@ -73,8 +73,14 @@ def test_fastv(cut, keep, form):
     np.testing.assert_allclose(np.asarray(hidden)[0, real], expected, atol=1e-4)
 
 
-def test_sparsevlm_v1_5():
-    """Raters, kept tokens, lengths of every layer, merged tokens and the last states of a 17-layer model."""
+def test_sparsevlm_v1_5(monkeypatch):
+    """Raters, kept tokens, lengths of every layer, merged tokens and the last states of a 17-layer model.
+
+    With two clusters each token of a closest pair is as dense as the other, so that their noise decides.
+    """
+    noise = dict(zip((34, 38, 15), (jnp.asarray(SPARSE[f"merge{event}/noise"]) for event in range(3))))
+    recycle = sparsevlm.recycle
+    monkeypatch.setattr(sparsevlm, "recycle", lambda *given, most: recycle(*given, most=most, noise_BR=noise[most]))
     method = c.MethodConfig(decoder="sparsevlm", decoder_layers=(3, 7, 16), decoder_keep=(66, 30, 17))
     slots, x = row(5, 100, 9), SPARSE["inputs_embeds"]
     hidden, after, streams = run(
