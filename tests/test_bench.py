@@ -120,7 +120,7 @@ def test_voco(capsys, monkeypatch):
     # What was timed: the last position's logits, the whole prompt in the cache, and the same with and without a scan.
     for name, slots, last in (("full prefill", 12, 11), ("stage two", 6, 13)):
         prompt, scanned = made[name], made[f"{name}, scan"]
-        assert prompt.logits_BV.shape == (2, 32) and prompt.last.position.tolist() == [[last], [last]]
+        assert prompt.logits_BV.shape == (2, 32) and prompt.stages[0].last.position.tolist() == [[last], [last]]
         assert prompt.stages[0].cache.stream.kind.shape == (2, slots)
         assert jnp.allclose(prompt.logits_BV, scanned.logits_BV, atol=1e-5)
     assert made["unstacked blocks"].tolist() == made["scan over the stack"].tolist()
