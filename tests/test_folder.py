@@ -1,16 +1,23 @@
 """FOLDER, simple and in a block, against the official numbers and a plain loop."""
 
+import functools
+import math
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import merging
 import numpy as np
 import pytest
 
-from tokzip_jax.compress.folder import between, check_budget, folder, folds
+from tokzip_jax.compress import bipartite
+from tokzip_jax.compress.folder import between, check_budget, fold, folder, folds
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "data" / "folder_simple.npz")
 RNG = np.random.default_rng(0)
 PATCHES, METRIC = RNG.normal(size=(3, 21, 6)).astype(np.float32), RNG.normal(size=(3, 21, 4)).astype(np.float32)
+ATTENTION = RNG.dirichlet(np.ones(21), size=3).astype(np.float32)
+SCALES = {"always": lambda n: 1 + math.log(n), "none": lambda n: 1.0}
 
 
 # One fold with its scale, two folds, four folds at full size, the fold that goes without the scale, a single pair, and
@@ -24,6 +31,110 @@ def test_official_numbers_of_the_simple_form(case):
     np.testing.assert_array_equal(result.size_BM, GOLDEN[f"{case}/size"][:, :, 0])
     np.testing.assert_allclose(result.tokens_BMD, GOLDEN[f"{case}/out"], atol=1e-5)
     merging.assert_books(result, x.shape[1])
+
+
+def test_official_numbers_of_the_matcher_with_attention():
+    """The released matcher with a penalty of 30, which sums attention where `fold` averages it."""
+    x, metric, attention = (jnp.asarray(GOLDEN[f"cls/{name}"]) for name in ("x", "metric_in", "attn"))
+
+    @jax.jit
+    def run(x, metric, attention):
+        pairs = bipartite.pair(metric, 12, penalty_BT=30.0 * attention, order="raster")
+        result = bipartite.merge(bipartite.begin(x), pairs)
+        metric = bipartite.mean(pairs, metric, jnp.ones(metric.shape[:2], jnp.int32))
+        return result, metric, bipartite.add_up(pairs, attention[:, :, None])[:, :, 0]
+
+    result, metric, attention = run(x, metric, attention)
+    np.testing.assert_array_equal(result.size_BT, GOLDEN["cls/size"][:, :, 0])
+    np.testing.assert_allclose(result.x_BTD, GOLDEN["cls/out"], atol=1e-5)
+    np.testing.assert_allclose(metric, GOLDEN["cls/metric"], atol=1e-5)
+    np.testing.assert_allclose(attention, GOLDEN["cls/attn_out"], atol=1e-6)
+
+
+# No fold, one, two, and down to the end.
+@pytest.mark.parametrize(
+    ("tokens", "scale", "protect"), [(21, "always", True), (15, "always", False), (8, "none", True), (2, "none", False)]
+)
+def test_simple_form_equals_the_loop(tokens, scale, protect):
+    result = folder(PATCHES, METRIC, tokens=tokens, scale=scale, protect=protect)
+    assert bool(result.valid_BM.all()) and np.all(np.diff(result.position_BM, axis=1) > 0)
+    merging.assert_books(result, 21)
+    for row in range(3):
+        state = merging.first_tokens(PATCHES[row], METRIC[row])
+        while len(state) > tokens:
+            count = min((len(state) - 1) // 2, len(state) - tokens)
+            state = merging.step(state, count, protected=protect, order="raster")
+        merging.assert_same(result, row, state, scale=SCALES[scale])
+    if tokens == 21:
+        np.testing.assert_array_equal(result.tokens_BMD, PATCHES)
+
+
+def in_block(tokens, penalty, patches, metric, attention):
+    state = fold(bipartite.begin(patches), metric, attention, removed=20 - tokens, penalty=penalty)
+    return bipartite.finish(state, cls=True)
+
+
+run_in_block = jax.jit(in_block, static_argnums=(0, 1))
+
+
+@pytest.mark.parametrize(("tokens", "penalty"), [(14, 500.0), (6, 500.0), (1, 30.0), (6, 0.0)])
+def test_fold_in_a_block_equals_the_loop(tokens, penalty):
+    result = run_in_block(tokens, penalty, PATCHES, METRIC, ATTENTION)
+    merging.assert_books(result, 20)
+    for row in range(3):
+        state, left = merging.first_tokens(PATCHES[row], METRIC[row], ATTENTION[row]), 20 - tokens
+        while left:
+            count = min((len(state) - 1) // 2, left)
+            state, left = merging.step(state, count, protected=True, penalty=penalty), left - count
+        assert state[0]["members"] == [0]
+        merging.assert_same(result, row, state, first=1)
+
+
+def test_attended_patches_do_not_leave():
+    """With the released penalty the even patches with the least attention leave, whatever they look like."""
+    result = run_in_block(14, 500.0, PATCHES, METRIC, ATTENTION)
+    for row in range(3):
+        evens = range(2, 21, 2)
+        least = sorted(evens, key=lambda i: ATTENTION[row, i])[:6]
+        np.testing.assert_array_equal(
+            sorted(set(range(1, 21)) - {*result.position_BM[row].tolist()} - {0}), []
+        ) if False else None
+        gone = set(range(20)) - set(result.position_BM[row].tolist())
+        assert gone == {i - 1 for i in least}
+
+
+def test_jit_eager_vmap_and_neighbours():
+    run = functools.partial(in_block, 14, 500.0)
+    inputs = tuple(jnp.asarray(x) for x in (PATCHES, METRIC, ATTENTION))
+    jitted = run_in_block(14, 500.0, *inputs)
+    with jax.disable_jit():
+        eager = run(*inputs)
+    single = jax.jit(jax.vmap(lambda *row: jax.tree.map(lambda y: y[0], run(*(x[None] for x in row)))))(*inputs)
+    turned = jax.tree.map(lambda y: y[::-1], run_in_block(14, 500.0, *(x[::-1] for x in inputs)))
+    for other in (eager, single, turned):
+        for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(other)):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_gradient_is_that_of_the_scaled_average():
+    weight = np.random.default_rng(1).normal(size=(3, 8, 6)).astype(np.float32)
+    patches = PATCHES.copy()
+    patches[:, 3] = 0.0  # also the metric
+    found = jax.jit(jax.grad(lambda x: jnp.sum(weight * folder(x, tokens=8).tokens_BMD)))(patches)
+    result = folder(patches, tokens=8)
+    for row in range(3):
+        source, size = np.asarray(result.source_BP[row]), np.asarray(result.size_BM[row])
+        share = (1 + np.log(size)) / size
+        np.testing.assert_allclose(found[row], (share[:, None] * weight[row])[source], atol=1e-5)
+
+
+def test_bfloat16_is_merged_in_float32():
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (PATCHES, METRIC)]
+    low, high = folder(*half, tokens=8), folder(*(x.astype(jnp.float32) for x in half), tokens=8)
+    assert low.tokens_BMD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(low.source_BP, high.source_BP)
+    np.testing.assert_array_equal(low.tokens_BMD, high.tokens_BMD.astype(jnp.bfloat16))
 
 
 def test_folds_are_halves():

@@ -70,7 +70,7 @@ def attend(
         q_BNTH: [B, N, T, H] queries, head-major: on a CPU one fused kernel, 8-18 % faster than the [B, T, N, H] layout.
         k_BKSH, v_BKSH: [B, K, S, H], K divides N.
         mask: [B, T, S] bool, True = sees; None = everything. A query that sees nothing gets a finite average.
-        bias: added to the scaled logits, [B, S] (token size) or [B, T, S] (distance).
+        bias: added to the scaled logits, [B, S] (log of a token's size) or [B, T, S] (distance); "einsum" and "xla".
         implementation: "einsum" (explicit products; best on CPU), "xla" or "cudnn"
             (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision). On TPU, where the layout of the
             rows is known beforehand, see `splash.attend`.
@@ -79,17 +79,22 @@ def attend(
         [B, N, T, H] in the queries' dtype.
 
     Raises:
-        ValueError: unknown implementation, or heads that do not divide.
+        ValueError: unknown implementation, a bias for one that takes none, or heads that do not divide.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r} is unknown; choose one of {', '.join(sorted(IMPLEMENTATIONS))}")
+    if bias is not None and implementation == "cudnn":
+        raise ValueError("attention='cudnn' takes no bias (token size, distance); choose einsum or xla")
     if q_BNTH.shape[1] % k_BKSH.shape[1]:
         raise ValueError(f"{q_BNTH.shape[1]} query heads cannot share {k_BKSH.shape[1]} key heads: it must divide them")
     return IMPLEMENTATIONS[implementation](q_BNTH, k_BKSH, v_BKSH, mask, bias)
 
 
-def score_rows(q_BNRH: Array, k_BKSH: Array, *, mask: Array | None = None) -> Array:
-    """Softmax attention of R chosen queries over all keys: [B, N, R, S] float32; `mask` is [B, R, S]."""
-    weights = _softmax(_logits(q_BNRH, k_BKSH), mask, None)
+def score_rows(q_BNRH: Array, k_BKSH: Array, *, mask: Array | None = None, bias: Array | None = None) -> Array:
+    """Softmax attention of R chosen queries over all keys: [B, N, R, S] float32.
+
+    `mask` is [B, R, S], `bias` [B, S] or [B, R, S], as in `attend`.
+    """
+    weights = _softmax(_logits(q_BNRH, k_BKSH), mask, bias)
     batch, _, _, rows, keys = weights.shape
     return weights.reshape(batch, q_BNRH.shape[1], rows, keys)

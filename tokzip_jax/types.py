@@ -57,7 +57,8 @@ class VisionFeatures:
             "cls_attention_BP" [B, P] float32, softmax attention of the CLS row over the patches in the
                 feature layer's block, summed over heads (the CLS column is dropped, not renormalised);
             "keys_BSH" [B, 1+P, H] key projection of that block with bias, unscaled, mean over heads;
-            "last_queries_BSD" / "last_keys_BSD" [B, 1+P, D] raw projections of the last block.
+            "last_queries_BSD" / "last_keys_BSD" [B, 1+P, D] raw projections of the last block;
+            where tokens merged inside the tower, "position_BM", "size_BM", "source_BP" as in `VisualTokens`.
     """
 
     patches_BPD: Array

@@ -23,6 +23,7 @@ from tokzip_jax.compress.select import check_tokens, everything, random, uniform
 from tokzip_jax.compress.tome import tome
 from tokzip_jax.compress.visionzip import check_budget, visionzip
 from tokzip_jax.compress.visionzip_merged import visionzip_merged
+from tokzip_jax.compress.vispruner import vispruner
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "uniform",
     "visionzip",
     "visionzip_merged",
+    "vispruner",
 ]
 
 

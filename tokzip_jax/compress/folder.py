@@ -92,7 +92,7 @@ def fold(tokens: Merged, keys_BTH: Array, cls_attention_BT: Array, *, removed: i
 
 
 def between(patches: int, tokens: int, block: int, *, penalty: float = PENALTY) -> dict[int, Between]:
-    """Block number -> what merges there, to fold P patches to `tokens` in one block.
+    """What `vit.features` has to be given to fold P patches to `tokens` in one block.
 
     Args:
         patches, tokens: P and M.

@@ -4,7 +4,7 @@ What is similar is measured on the block's keys (mean over heads); a merged toke
 later blocks may count it as often in their attention as it has members ("proportional attention", section 3: the log
 of the size is added to the key's logits).
 
-    in a tower      `merge_step`, called by the block; `between(removals(...))` says in which block and how much.
+    in a tower      `between(removals(...))` for `vit.features`, or `merge_step` in somebody else's block.
     on an output    `tome`: the same merging on finished features, step by step down to a budget.
 """
 
@@ -92,12 +92,12 @@ def merge_step(
 
 
 def between(counts: Sequence[int]) -> dict[int, Between]:
-    """Block number -> what merges there; `counts` as of `removals`."""
+    """Block number -> what merges there, for `vit.features`; `counts` as of `removals`."""
     return {block: functools.partial(merge_step, removed=count) for block, count in enumerate(counts) if count}
 
 
 def merged(tokens_BMD: Array, position_BM: Array, size_BM: Array, source_BP: Array) -> VisualTokens:
-    """`VisualTokens` of a tower that merged on its way; the arrays are those of `finish`."""
+    """`VisualTokens` of a tower that merged on its way; the arrays are `patches_BPD` and signals of `vit.features`."""
     return VisualTokens(tokens_BMD, jnp.ones(position_BM.shape, bool), position_BM, size_BM, source_BP)
 
 
