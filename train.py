@@ -10,7 +10,6 @@ DIR is on a file system that they share.
 import math
 
 import jax
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -61,10 +60,11 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
             pending = Pending(arrived)
             for number in range(done, steps):
                 batch = sharding.shard_batch(mesh, next(data))
-                count = sharding.place(mesh, np.int32(recipe.voco_count(stage.cfg, number)))
+                run_step, counts = stage.at(number)
+                counts = sharding.place(mesh, counts)
                 # All that a step reads is in place by now; a transfer by accident would make the host wait.
                 with jax.transfer_guard("disallow"):
-                    state, metrics = stage.run_step(state, batch, stage.teacher, count)
+                    state, metrics = run_step(state, batch, stage.teacher, counts)
                 pending.push(number + 1, metrics)
                 if (number + 1) % cfg.checkpoint_every == 0 or number + 1 == steps:
                     pending.flush()  # nothing is saved before its loss was seen to be finite

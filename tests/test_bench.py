@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from tokzip_jax import llm
-from tokzip_jax.bench import processes, report, table7, timing, visionzip, voco
+from tokzip_jax.bench import processes, report, step, table7, timing, visionzip, voco
 from tokzip_jax.bench.__main__ import BENCHMARKS, main
 from tokzip_jax.bench.weights import random_weights
 from tokzip_jax.config import LlmConfig
@@ -126,6 +126,23 @@ def test_voco(capsys, monkeypatch):
     assert made["unstacked blocks"].tolist() == made["scan over the stack"].tolist()
 
 
+def test_step(capsys):
+    options = ("--tiny", "--grid=6", "--text=30", "--voco=2", "--layers=2", "--runs=2", "--clock=cpu")
+    found, text = bench(capsys, "step", *options)
+    flops, times, ratios, memory = found["tables"].values()
+    student, whole, frozen, one, joint, both = (row["FLOPs"] for row in flops)
+    assert [row["what"] for row in flops[:5]] == [step.STUDENT, step.WHOLE, step.FROZEN, step.ONE_PASS, step.JOINT]
+    assert both == student + whole
+    # 32 ids, of which one becomes 36 patches and one 2 VoCo tokens, or for the plain model an unused slot.
+    assert flops[3]["expected"] == pytest.approx((3 * 68 + 32) / (3 * 68))
+    assert flops[4]["expected to be saved"] == pytest.approx(1 - (68 + 32) / (68 + 67))
+    assert student < one < frozen < joint < both
+    assert flops[3]["saved by one pass"] == 1 - one / frozen and flops[2]["saved by one pass"] == 0
+    assert [row["what"] for row in times[:5]] == [row["what"] for row in memory] == [row["what"] for row in flops[:5]]
+    assert ratios[0]["best"] == pytest.approx(times[3]["min"] / times[2]["min"])
+    assert all(row["temporaries"] > 0 for row in memory) and "attention's dependence" in text
+
+
 def test_import_adds_up_packages(capsys):
     log = """import time: self [us] | cumulative | imported package
 import time:       100 |        100 |   _io
@@ -198,5 +215,5 @@ def test_bad_options_end_in_one_sentence(capsys):
         main(["nothing"])
     said = capsys.readouterr().err
     assert all(name in said for name in BENCHMARKS)
-    assert {"visionzip", "voco", "import", "startup", "table7"} == set(BENCHMARKS)
+    assert {"visionzip", "voco", "step", "import", "startup", "table7"} == set(BENCHMARKS)
     assert visionzip.VitConfig().patches == 576 and table7.LlmConfig().layers == 32

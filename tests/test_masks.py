@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tokzip_jax.masks import TABLES, predecessors, visibility
-from tokzip_jax.types import PAD, PREFIX, TEXT, VISION, VOCO, TokenStream
+from tokzip_jax.types import PAD, PREFIX, TEACHER, TEXT, VISION, VOCO, TokenStream
 
 DATA = pathlib.Path(__file__).parent / "data"
-LETTERS = {".": PAD, "p": PREFIX, "v": VISION, "c": VOCO, "t": TEXT}
+LETTERS = {".": PAD, "p": PREFIX, "v": VISION, "c": VOCO, "t": TEXT, "T": TEACHER}
 see = jax.jit(visibility)
 chain = jax.jit(predecessors)
 
@@ -130,6 +130,35 @@ DRAWN = {
            . . . . . .
            . . . x . x""",
     ),
+    "voco: one text twice": (
+        stream("pvcttTT", "0110000"),
+        """x . . . . . .
+           x x . . . . .
+           x x x . . . .
+           . . x x . . .
+           . . x x x . .
+           x x . . . x .
+           x x . . . x x""",
+    ),
+    "prefix_visible: one text twice, behind a separator": (
+        stream("pvpctTT", "0111000"),
+        """x . . . . . .
+           x x . . . . .
+           x x x . . . .
+           x x x x . . .
+           x . . x x . .
+           x x x . . x .
+           x x x . . x x""",
+    ),
+    "voco: two questions twice": (
+        stream("vcttTT", "110000", "001212"),
+        """x . . . . .
+           x x . . . .
+           . x x . . .
+           . x . x . .
+           x . . . x .
+           x . . . . x""",
+    ),
     "voco: right padding": (
         stream("vct..", "11000"),
         """x . . . .
@@ -150,7 +179,7 @@ def test_drawn_matrices(name):
 
 @pytest.mark.parametrize("mode", TABLES)
 @given(
-    kind=hnp.arrays(np.int32, (1, 8), elements=st.integers(0, 4)),
+    kind=hnp.arrays(np.int32, (1, 8), elements=st.integers(0, 5)),
     segment=hnp.arrays(np.int32, (1, 8), elements=st.integers(0, 2)),
     thread=hnp.arrays(np.int32, (1, 8), elements=st.integers(0, 2)),
     sample=hnp.arrays(np.int32, (1, 8), elements=st.integers(0, 2)),
@@ -167,6 +196,8 @@ def test_rules_in_words(mode, kind, segment, thread, sample, order):
             return False
         if key["t"] and key["t"] != query["t"]:
             return False
+        if TEACHER in (query["k"], key["k"]):  # reads pictures and itself, and is read by nobody else
+            return query["k"] == TEACHER and key["k"] in (PREFIX, VISION, TEACHER)
         if mode == "visible":
             return True
         if query["k"] == TEXT:  # the VoCo tokens of every image, text, and perhaps the prefix before all images
@@ -179,6 +210,16 @@ def test_rules_in_words(mode, kind, segment, thread, sample, order):
 
     expected = [[sees(query, key) for key in tokens] for query in tokens]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_copied_text_has_the_order_of_what_it_copies():
+    """It stands behind everything, and sees of two pictures the one that its original stands behind."""
+    row = stream("vctvctTT", "11022000")
+    row = dataclasses.replace(row, order=np.array([[0, 1, 2, 3, 4, 5, 2, 5]], np.int32))
+    found = see(row, row, TABLES["voco"])[0]
+    np.testing.assert_array_equal(found[6:], [[1, 0, 0, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0, 1, 1]])
+    np.testing.assert_array_equal(found[:6, :6], matrix(DRAWN["voco: text between two images"][1])[:6, :6])
+    assert not found[:6, 6:].any()
 
 
 def test_queries_over_other_keys():

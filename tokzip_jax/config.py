@@ -122,7 +122,9 @@ class LossConfig:
     """Weights of the terms of the loss; a term with weight 0 is not computed."""
 
     ce: float = 1.0  # next-token cross entropy on the supervised positions
-    kl: float = 0.0  # KL to the frozen parameters of the stage's `init_from`, read without VoCo tokens
+    kl: float = 0.0  # KL to the teacher
+    teacher: str = "frozen"  # parameters of the stage's `init_from`; or "self": the model that trains, no gradient
+    teacher_ce: float = 0.0  # cross entropy of the same text read off the picture, not off VoCo tokens (joint training)
     temperature: float = 1.0  # of the KL; its square scales the term
     contrast: float = 0.0  # CLIP loss between the CLS token and the caption
     chunk: int = 1024  # supervised positions whose logits exist at once
@@ -143,6 +145,25 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgressiveConfig:
+    """Compression that grows over a stage, see `progressive`; ratios are shares of the tokens that are left out.
+
+    The defaults are those of EPIC's code; in its paper the largest ratio goes from 0.05 to 0.9, and the teacher's lead
+    from 0.05 to 0.3 over the whole stage.
+    """
+
+    site: str = ""  # what shrinks: "encoder" (method.tokens), "voco" (VoCo tokens in use); "" = nothing
+    low: float = 0.1  # the student's ratio is drawn from [low, high], first at the stage's start ...
+    high: float = 0.1
+    final_low: float = 0.26  # ... and, after a straight line, at its end
+    final_high: float = 0.74
+    lead: float = 0.1  # by how much the teacher's ratio is smaller, at the start ...
+    final_lead: float = 0.3  # ... and from `lead_by` (a share of the stage) on
+    lead_by: float = 0.4
+    budgets: tuple[int, ...] = ()  # site "encoder": the numbers of tokens that are compiled; the nearest one is taken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One training of a recipe."""
 
@@ -154,6 +175,7 @@ class StageConfig:
     voco_counts: tuple[int, ...] = ()  # VoCo tokens inserted, taken in turn step by step; () = always method.voco
     token_dropout: float = 0.0  # share of the pictures of a step that lose a random part of their visual tokens
     loss: LossConfig = LossConfig()
+    progressive: ProgressiveConfig = ProgressiveConfig()
     optim: OptimConfig = OptimConfig()
 
 

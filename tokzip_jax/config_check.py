@@ -5,7 +5,19 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from tokzip_jax import attention, compress, decoder_site, layers, layout, masks, projectors, stack, vlm
+from tokzip_jax import (
+    attention,
+    compress,
+    decoder_site,
+    distill,
+    layers,
+    layout,
+    masks,
+    progressive,
+    projectors,
+    stack,
+    vlm,
+)
 from tokzip_jax.config import DataConfig, MethodConfig, ModelConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.data import shapes
 from tokzip_jax.projectors import PROJECTORS, weights_name
@@ -225,15 +237,14 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
     for name in ("b1", "b2"):
         value = getattr(optim, name)
         _require(0 <= value < 1, f"{key}.optim.{name} = {value} must be >= 0 and below 1")
-    for name in ("ce", "kl", "contrast"):
+    for name in ("ce", "kl", "teacher_ce", "contrast"):
         _at_least(f"{key}.loss.{name}", getattr(loss, name), 0)
-    _require(loss.ce + loss.kl + loss.contrast > 0, f"{key}.loss: ce, kl and contrast are all 0; nothing would train")
+    _require(
+        loss.ce + loss.kl + loss.teacher_ce + loss.contrast > 0,
+        f"{key}.loss: ce, kl, teacher_ce and contrast are all 0; nothing would train",
+    )
     _require(loss.temperature > 0, f"{key}.loss.temperature = {loss.temperature} must be above 0")
     _at_least(f"{key}.loss.chunk", loss.chunk, 1)
-    _require(
-        loss.kl == 0 or bool(stage.init_from),
-        f"{key}.loss.kl = {loss.kl} needs a teacher: set {key}.init_from to the stage to distil from",
-    )
     _require(
         loss.contrast == 0 or cfg.model.contrast_dim > 0,
         f"{key}.loss.contrast = {loss.contrast} needs model.contrast_dim >= 1",
@@ -246,7 +257,10 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
             f"{key}.voco_counts holds {count}; with voco_mask={stage.method.voco_mask!r} every count must lie "
             f"between {least} and {key}.method.voco = {stage.method.voco}",
         )
-    _fits(f"{key}.method", stage.method, cfg)
+    distill.check(key, stage)
+    progressive.check(key, stage, cfg.model)
+    for method in (stage.method, *progressive.all_methods(stage)):
+        _fits(f"{key}.method", method, cfg)
 
 
 def _fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:

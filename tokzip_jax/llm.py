@@ -30,7 +30,8 @@ class KvCache:
     stream: TokenStream
 
 
-def _modules(cfg: LlmConfig, param_dtype: Any) -> dict[str, Any]:
+def modules_of(cfg: LlmConfig, param_dtype: Any) -> dict[str, Any]:
+    """The parts of one block, by the names of their parameters."""
     return {
         "norm1": layers.RMSNorm(cfg.norm_eps, param_dtype),
         "attn": layers.Attention(cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, param_dtype=param_dtype),
@@ -39,9 +40,19 @@ def _modules(cfg: LlmConfig, param_dtype: Any) -> dict[str, Any]:
     }
 
 
+def run_block(modules: dict[str, Any], block: Params, x_BTD: Array, mix: layers.Mix) -> tuple[Array, Any]:
+    """One layer: ([B, T, D], what `mix` returned beside the mixed heads)."""
+    x_BTD = constrain(x_BTD, "data", None, None)
+    normed = layers.apply(modules["norm1"], block["norm1"], x_BTD)
+    mixed, out = layers.apply(modules["attn"], block["attn"], normed, mix)
+    x_BTD = x_BTD + mixed
+    normed = layers.apply(modules["norm2"], block["norm2"], x_BTD)
+    return x_BTD + layers.apply(modules["mlp"], block["mlp"], normed), out
+
+
 def init(cfg: LlmConfig, key: Array, param_dtype: Any = jnp.float32, cuts: tuple[int, ...] = ()) -> Params:
     """Fresh parameters; `cuts` are the layer numbers at which the stack is stored split."""
-    modules = _modules(cfg, param_dtype)
+    modules = modules_of(cfg, param_dtype)
     x = jnp.zeros((1, 1, cfg.width), param_dtype)
     arguments = {"attn": (x, lambda q, k, v: (q, None))}
 
@@ -113,7 +124,7 @@ def run_layers(
     if attention is not None and (cache is not None or rows is not None):
         raise ValueError("attention= is for whole rows: it goes with neither a cache nor rows=")
     hi = cfg.llm.layers if hi is None else hi
-    modules = _modules(cfg.llm, cfg.param_dtype)
+    modules = modules_of(cfg.llm, cfg.param_dtype)
     angles = layers.rope_angles(stream.position, cfg.llm.head_dim, cfg.llm.rope_theta)
     # With a static offset nothing behind the new tokens is used yet, so it is not even read.
     used = slice(None, offset + x_BTD.shape[1] if isinstance(offset, int) else None)
@@ -136,12 +147,7 @@ def run_layers(
                 return attention(q, read_k, read_v), out
             return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), out
 
-        x = constrain(x, "data", None, None)
-        normed = layers.apply(modules["norm1"], block["norm1"], x)
-        mixed, out = layers.apply(modules["attn"], block["attn"], normed, mix)
-        x = x + mixed
-        x = x + layers.apply(modules["mlp"], block["mlp"], layers.apply(modules["norm2"], block["norm2"], x))
-        return x, out
+        return run_block(modules, block, x, mix)
 
     past = None
     if cache is not None:

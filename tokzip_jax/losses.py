@@ -62,6 +62,7 @@ def token_losses(
     head: Head,
     *,
     teacher: tuple[Array, Head] | None = None,
+    teacher_ce: bool = False,
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> dict[str, Array]:
@@ -71,14 +72,16 @@ def token_losses(
         hidden_BQD: hidden states at the supervised positions.
         label_BQ, valid_BQ: their labels, and which places hold one.
         head: final norm and output head.
-        teacher: hidden states [B, Q, D] of a frozen model at the same targets, and its head; None = no "kl".
+        teacher: hidden states [B, Q, D] of another model at the same targets, and its head; None = no "kl". No
+            gradient of the KL flows there.
+        teacher_ce: also the teacher's own cross entropy. It has a gradient, unless `teacher` has none.
         temperature: of the KL.
         chunk: positions whose logits exist at once, over all devices. A chunk is some positions of every row, so that
             rows which are split over devices stay where they are.
 
     Returns:
-        float32 scalars "ce" (and "kl") summed, "correct" (arg-max hits) and "count" of valid positions. Invalid
-        positions add exactly 0, to the value and to the gradient, whatever stands there.
+        float32 scalars "ce" (and "kl", "teacher_ce") summed, "correct" (arg-max hits), "count" of valid positions.
+        Invalid positions add exactly 0, to the value and to the gradient, whatever stands there.
     """
     rows, length = label_BQ.shape
     chunks = -(-length // max(1, chunk // rows))
@@ -97,15 +100,18 @@ def token_losses(
         logits = head(clean(hidden, valid))
         terms = {"ce": cross_entropy(logits, label), "correct": jnp.argmax(logits, axis=-1) == label}
         if teacher is not None:
-            terms["kl"] = divergence(logits, teacher[1](clean(teacher_hidden[0], valid)), temperature)
+            taught = teacher[1](clean(teacher_hidden[0], valid))
+            terms["kl"] = divergence(logits, taught, temperature)
+            if teacher_ce:
+                terms["teacher_ce"] = cross_entropy(taught, label)
         terms["count"] = jnp.ones_like(terms["ce"])
         return {n: sums[n] + jnp.sum(jnp.where(valid, terms[n], 0.0)) for n in sums}, None
 
     parts = [cut(hidden_BQD), cut(label_BQ), cut(valid_BQ)]
     names = ["ce", "correct", "count"]
     if teacher is not None:
-        parts.append(cut(jax.lax.stop_gradient(teacher[0])))
-        names.append("kl")
+        parts.append(cut(teacher[0] if teacher_ce else jax.lax.stop_gradient(teacher[0])))
+        names += ["kl", "teacher_ce"] if teacher_ce else ["kl"]
     zero = {name: jnp.zeros((), jnp.float32) for name in names}
     return jax.lax.scan(jax.checkpoint(body), zero, tuple(parts))[0]
 

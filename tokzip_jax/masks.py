@@ -38,6 +38,18 @@ Two questions (threads 1 and 2) about one image share the VoCo token and nothing
           t2   x .  .  x  .
           t2   x .  .  x  x
 
+One text twice (`onepass`): T is its copy that reads the picture and no VoCo token. It has the order of what it copies;
+under "voco" and, but for the prefix column of t, under "prefix_visible"
+
+               p v c t t T T
+          p    x . . . . . .
+          v    x x . . . . .
+          c    x x x . . . .
+          t    . . x x . . .
+          t    . . x x x . .
+          T    x x . . . x .
+          T    x x . . . x x
+
 "voco" is the official layout of VoCo-LLaMA (arXiv 2406.12275, its mask as released): text loses BOS and everything
 else before the VoCo tokens. A row without an image holds text only, and is plain causal in every mode.
 """
@@ -45,7 +57,7 @@ else before the VoCo tokens. A row without an image holds text only, and is plai
 import jax.numpy as jnp
 import numpy as np
 
-from tokzip_jax.types import KINDS, PAD, PREFIX, TEXT, VISION, VOCO, Array, TokenStream
+from tokzip_jax.types import KINDS, PAD, PREFIX, TEACHER, TEXT, VISION, VOCO, Array, TokenStream
 
 NEVER, ALWAYS, OWN = range(3)
 
@@ -64,13 +76,15 @@ _ISOLATED = {
     VOCO: {PREFIX: OWN, VISION: OWN, VOCO: OWN},
 }
 _REAL = (PREFIX, VISION, VOCO, TEXT)
+# In every mode: what an uncompressed model's text sees. Nobody else sees it.
+_TEACHER = {TEACHER: {PREFIX: ALWAYS, VISION: ALWAYS, TEACHER: ALWAYS}}
 
 # Text belongs to no image, so OWN lets it see the shared prefix but no separator that stands behind an image and
 # has read its vision tokens: that would be a way around the VoCo tokens.
 TABLES = {
-    "visible": _table({query: dict.fromkeys(_REAL, ALWAYS) for query in _REAL}),
-    "voco": _table({**_ISOLATED, TEXT: {VOCO: ALWAYS, TEXT: ALWAYS}}),
-    "prefix_visible": _table({**_ISOLATED, TEXT: {PREFIX: OWN, VOCO: ALWAYS, TEXT: ALWAYS}}),
+    "visible": _table({query: dict.fromkeys(_REAL, ALWAYS) for query in _REAL} | _TEACHER),
+    "voco": _table({**_ISOLATED, TEXT: {VOCO: ALWAYS, TEXT: ALWAYS}, **_TEACHER}),
+    "prefix_visible": _table({**_ISOLATED, TEXT: {PREFIX: OWN, VOCO: ALWAYS, TEXT: ALWAYS}, **_TEACHER}),
 }
 
 

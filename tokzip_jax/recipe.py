@@ -1,16 +1,17 @@
 """How a stage of a recipe begins: its parameters, its optimiser and, for a KL term, its teacher."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import checkpoint, optim, sharding, step, vlm
-from tokzip_jax.config import RunConfig, StageConfig
+from tokzip_jax import checkpoint, distill, optim, progressive, sharding, step, vlm
+from tokzip_jax.config import MethodConfig, RunConfig, StageConfig
 from tokzip_jax.metrics import say
 from tokzip_jax.paths import flatten
 from tokzip_jax.step import TrainState
@@ -23,25 +24,45 @@ FRESH = ("projector/.*", "voco/.*", "contrast/.*")
 UNREAD = ("voco/.*", "contrast/.*")
 
 
+RunStep = Callable[..., tuple[TrainState, dict[str, Array]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage, ready to train.
 
     Attributes:
         name, cfg: which.
-        run_step: jitted (state, batch, teacher, VoCo count) -> (state, metrics, among them "learning_rate"); the state
-            is donated.
+        program: (method, what a teacher with a budget of its own reads or None) -> a jitted step, the same one for the
+            same arguments: (state, batch, teacher, VoCo counts) -> (state, metrics, among them "learning_rate"); the
+            state is donated.
         abstract: the state's shapes and shardings, for restoring.
         begin: makes the state of step 0.
         teacher: frozen parameters for the KL term, or None.
+        budget: what student and teacher read in a step, by its number; None without a progressive schedule.
     """
 
     name: str
     cfg: StageConfig
-    run_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    program: Callable[..., RunStep]
     abstract: TrainState
     begin: Callable[[], TrainState]
     teacher: Params | None
+    budget: Callable[[int], progressive.Budget] | None = None
+
+    @property
+    def run_step(self) -> RunStep:
+        """The step of a stage without a progressive schedule."""
+        return self.program(self.cfg.method, None)
+
+    def at(self, number: int) -> tuple[RunStep, np.ndarray]:
+        """The program of step `number` (from 0), and the VoCo counts to give it: the student's, or with a schedule
+        [student, teacher]."""
+        if self.budget is None:
+            return self.run_step, np.int32(voco_count(self.cfg, number))
+        found = self.budget(number)
+        counts = found if self.cfg.progressive.site == "voco" else [voco_count(self.cfg, number)] * 2
+        return self.program(*progressive.methods(self.cfg, found)), np.asarray(counts, np.int32)
 
 
 def shapes(cfg: RunConfig, projector: str) -> Params:
@@ -62,6 +83,10 @@ def check(cfg: RunConfig) -> None:
             optim.make_optimizer(stage.optim, stage.steps, abstract, stage.train)
         except ValueError as error:
             raise ValueError(f"stages.{name}.train: {error}") from None
+        trained, _ = step.partition(abstract, stage.train)
+        # A teacher under a schedule may read VoCo tokens.
+        unread = ("contrast/.*",) if stage.progressive.site else UNREAD
+        distill.check_anchor(f"stages.{name}", stage.loss, flatten(trained), unread)
         if stage.init_from and stage.init_from not in cfg.stages:
             try:
                 checkpoint.absent(stage.init_from, abstract, FRESH)
@@ -92,7 +117,7 @@ def _initial_params(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Wor
 
 
 def _teacher(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Workdir) -> Params | None:
-    if stage.loss.kl == 0:
+    if stage.loss.kl == 0 or stage.loss.teacher != "frozen":
         return None
     projector = cfg.stages[stage.init_from].method.projector if stage.init_from in cfg.stages else "mlp2x_gelu"
     source = _source(workdir, cfg, stage.init_from)
@@ -128,23 +153,42 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         params = _initial_params(cfg, stage, mesh, workdir, keys()[0])
         return jax.jit(state, out_shardings=shardings, donate_argnums=0)(params)
 
-    def run_step(current: TrainState, batch: dict[str, Array], teacher: Params | None, voco_count: Array) -> Any:
+    def run_step(
+        method: MethodConfig,
+        reads: MethodConfig | None,
+        current: TrainState,
+        batch: dict[str, Array],
+        teacher: Params | None,
+        counts: Array,
+    ) -> tuple[TrainState, dict[str, Array]]:
         following, metrics = step.train_step(
             cfg.model,
-            stage,
+            dataclasses.replace(stage, method=method),
             tx,
             current,
             batch,
             teacher=teacher,
-            voco_count=voco_count,
+            reads=reads,
+            voco_count=counts if reads is None else counts[0],
+            teacher_count=0 if reads is None else counts[1],
             key=keys()[1],  # made in the program, which so holds no array of one device
             max_targets=cfg.data.targets or cfg.data.text_length,
         )
+        if reads is not None:
+            read = counts if stage.progressive.site == "voco" else (method.tokens, reads.tokens)
+            metrics |= {"student_tokens": jnp.float32(read[0]), "teacher_tokens": jnp.float32(read[1])}
         # Computed here, so that the loop on the host touches no device for it.
         return following, {**metrics, "learning_rate": schedule(current.step)}
 
-    jitted = jax.jit(run_step, donate_argnums=0, out_shardings=(shardings, None))
-    return Stage(name, stage, jitted, abstract, begin, _teacher(cfg, stage, mesh, workdir))
+    @functools.cache
+    def program(method: MethodConfig, reads: MethodConfig | None) -> RunStep:
+        one = functools.partial(run_step, method, reads)
+        return jax.jit(one, donate_argnums=0, out_shardings=(shardings, None))
+
+    budget = None
+    if stage.progressive.site:
+        budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed, name=name)
+    return Stage(name, stage, program, abstract, begin, _teacher(cfg, stage, mesh, workdir), budget)
 
 
 def voco_count(stage: StageConfig, number: int) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokzip_jax import llm, losses, vlm
+from tokzip_jax import distill, llm, losses, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig, StageConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.paths import flatten
@@ -58,11 +58,6 @@ def merge(first: Params, second: Params) -> Params:
     return nest({**flatten(first), **flatten(second)})
 
 
-def head(cfg: ModelConfig, params: Params) -> losses.Head:
-    """Final norm and output head as one function."""
-    return lambda hidden: llm.logits(cfg, params["llm"], hidden)
-
-
 def caption_embedding(params: Params, captions: Array) -> Array:
     """The text side of the contrastive loss: mean token embedding of a caption [B, C], projected to [B, E]."""
     real = (captions > 0)[:, :, None]
@@ -77,51 +72,34 @@ def loss_terms(
     batch: dict[str, Array],
     *,
     teacher: Params | None,
+    reads: MethodConfig | None = None,
     voco_count: Array,
+    teacher_count: Array | int = 0,
     key: Array,
     max_targets: int,
 ) -> dict[str, Array]:
-    """Every term of a stage's loss on one batch: sums over tokens ("ce", "kl", "correct", "count"), means ("contrast").
+    """Every term of a stage's loss on one batch: sums over tokens (see `distill.token_terms`), means ("contrast").
 
     What no term needs is not run: a stage with the contrastive term alone stops behind the vision tower.
     """
     wanted = stage.loss
-    contrastive = wanted.contrast > 0
-    if wanted.ce == 0 and wanted.kl == 0:
+    if wanted.ce + wanted.kl + wanted.teacher_ce == 0:
         text = vlm.question(cfg, batch, stage.method)
         _, summary = vlm.encode(cfg, params, batch["images"], stage.method, key, summary=True, text=text)
         return {"contrast": contrast_term(params, batch, summary)}
-    out = vlm.forward(
+    terms, summary = distill.token_terms(
         cfg,
+        stage,
         params,
         batch,
-        stage.method,
+        teacher=teacher,
+        reads=reads,
         voco_count=voco_count,
+        teacher_count=teacher_count,
         key=key,
-        summary=contrastive,
-        token_dropout=stage.token_dropout,
+        max_targets=max_targets,
     )
-    read, label, valid = losses.targets(out.layout, max_targets)
-    frozen = None
-    if wanted.kl > 0:
-        (projector,) = teacher["projector"]
-        # The uncompressed model, which need not know VoCo tokens.
-        plain = dataclasses.replace(stage.method, voco=0, voco_mask="visible", encoder="none", projector=projector)
-        plain = dataclasses.replace(plain, level=0, queries=0, draw_budget=False, decoder="none")
-        plain = dataclasses.replace(plain, decoder_layers=(), decoder_keep=())
-        whole = vlm.forward(cfg, teacher, batch, plain, voco_count=0, key=key)
-        seen, _, _ = losses.targets(whole.layout, max_targets)
-        frozen = (losses.pick(whole.hidden_BTD, seen), head(cfg, teacher))
-    terms = losses.token_losses(
-        losses.pick(out.hidden_BTD, read),
-        label,
-        valid,
-        head(cfg, params),
-        teacher=frozen,
-        temperature=wanted.temperature,
-        chunk=wanted.chunk,
-    )
-    return terms | ({"contrast": contrast_term(params, batch, out.summary_BD)} if contrastive else {})
+    return terms | ({"contrast": contrast_term(params, batch, summary)} if wanted.contrast > 0 else {})
 
 
 def contrast_term(params: Params, batch: dict[str, Array], summary_BD: Array) -> Array:
@@ -140,6 +118,8 @@ def total_loss(stage: StageConfig, terms: dict[str, Array], count: Array, parts:
         loss += stage.loss.ce * terms["ce"] / count
     if "kl" in terms:
         loss += stage.loss.kl * terms["kl"] / count
+    if stage.loss.teacher_ce > 0:
+        loss += stage.loss.teacher_ce * terms["teacher_ce"] / count
     if "contrast" in terms:
         loss += stage.loss.contrast * terms["contrast"] / parts
     return loss
@@ -152,7 +132,9 @@ def gradients(
     batch: dict[str, Array],
     *,
     teacher: Params | None,
+    reads: MethodConfig | None = None,
     voco_count: Array,
+    teacher_count: Array | int = 0,
     key: Array,
     max_targets: int,
 ) -> tuple[Params, dict[str, Array]]:
@@ -172,7 +154,9 @@ def gradients(
             merge(trained, frozen),
             part,
             teacher=teacher,
+            reads=reads,
             voco_count=voco_count,
+            teacher_count=teacher_count,
             key=key,
             max_targets=max_targets,
         )
@@ -194,7 +178,7 @@ def gradients(
 
         (grads, metrics), _ = jax.lax.scan(add, zeros, (cut, keys))
     means = {"loss": metrics["loss"], "tokens": count}
-    means |= {n: metrics[n] / count for n in ("ce", "kl") if n in metrics}
+    means |= {n: metrics[n] / count for n in ("ce", "kl", "teacher_ce") if n in metrics}
     if "correct" in metrics:
         means["accuracy"] = metrics["correct"] / count
     if "contrast" in metrics:
@@ -210,7 +194,9 @@ def train_step(
     batch: dict[str, Array],
     *,
     teacher: Params | None = None,
+    reads: MethodConfig | None = None,
     voco_count: Array,
+    teacher_count: Array | int = 0,
     key: Array,
     max_targets: int,
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -221,13 +207,14 @@ def train_step(
         state: where the training stands.
         batch: rows, see `data.pipeline`.
         teacher: frozen parameters for the KL term.
+        reads, teacher_count: the method and VoCo tokens of a teacher with a budget of its own (static, int32 scalar).
         voco_count: VoCo tokens in use in this step, int32 scalar.
         key: the stage's random key; folded with the step number here.
         max_targets: the most supervised positions of a row.
 
     Returns:
         The next state, and float32 metrics "loss", "grad_norm", "tokens" (supervised ones), and of the terms that are
-        on "ce", "kl", "contrast", "accuracy".
+        on "ce", "kl", "teacher_ce", "contrast", "accuracy".
     """
     grads, metrics = gradients(
         cfg,
@@ -235,7 +222,9 @@ def train_step(
         state.params,
         batch,
         teacher=teacher,
+        reads=reads,
         voco_count=voco_count,
+        teacher_count=teacher_count,
         key=jax.random.fold_in(key, state.step),
         max_targets=max_targets,
     )

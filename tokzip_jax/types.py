@@ -20,8 +20,8 @@ IMAGE_ID = -200  # becomes the visual tokens of the row's next image
 VOCO_ID = -201  # becomes the VoCo tokens of the image before it
 
 # What a token is. `masks.py` turns these into visibility.
-PAD, PREFIX, VISION, VOCO, TEXT = range(5)
-KINDS = ("pad", "prefix", "vision", "voco", "text")
+PAD, PREFIX, VISION, VOCO, TEXT, TEACHER = range(6)  # TEACHER: text once more, read off the picture itself
+KINDS = ("pad", "prefix", "vision", "voco", "text", "teacher")
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ class TokenStream:
     """The integers that describe every token of a row; all [B, T] int32.
 
     Attributes:
-        kind: PAD, PREFIX, VISION, VOCO or TEXT.
+        kind: PAD, PREFIX, VISION, VOCO, TEXT or TEACHER.
         segment: which image (1, 2, ...) a token belongs to; 0 = none.
         thread: which of several independent questions a token belongs to; 0 = shared by all of them.
         sample: which packed sample a token belongs to; 0 = padding, samples count from 1.

@@ -1,0 +1,193 @@
+"""The schedule under which compression grows, and a step whose teacher has a budget of its own."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model as tiny
+from small_run import ROOT, load_file
+
+from tokzip_jax import config_check, progressive, recipe, sharding, step
+from tokzip_jax.config import LossConfig, MeshConfig, MethodConfig, ProgressiveConfig, StageConfig
+from tokzip_jax.masks import TABLES
+from tokzip_jax.progressive import Budget
+from tokzip_jax.types import IMAGE_ID, VOCO_ID
+from tokzip_jax.workdir import Workdir
+
+SELF = LossConfig(ce=0.5, kl=0.5, teacher="self")
+VOCO = StageConfig(
+    steps=10,
+    method=MethodConfig(voco=8, voco_mask="voco"),
+    loss=SELF,
+    progressive=ProgressiveConfig(site="voco"),
+)
+ENCODER = StageConfig(
+    steps=10,
+    method=MethodConfig(encoder="visionzip", tokens=8, contextual=2),
+    loss=SELF,
+    progressive=ProgressiveConfig(site="encoder", budgets=(16, 12, 8, 4)),
+)
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    ("progress", "lot", "student", "teacher"),
+    [  # EPIC's code: from 0.1 to 0.26 .. 0.74, behind it a teacher with a lead of 0.1 to 0.3, full after 2/5
+        (0.0, 0.0, 0.1, 0.0),
+        (0.0, 1.0, 0.1, 0.0),
+        (0.2, 1.0, 0.228, 0.028),
+        (0.4, 0.5, 0.26, 0.0),
+        (0.5, 1.0, 0.42, 0.12),
+        (1.0, 0.0, 0.26, 0.0),
+        (1.0, 0.5, 0.5, 0.2),
+        (1.0, 1.0, 0.74, 0.44),
+    ],
+)
+def test_ratios_by_hand(progress, lot, student, teacher):
+    found = progressive.ratios(ProgressiveConfig(site="voco"), progress, lot)
+    assert found == pytest.approx((student, teacher))
+
+
+def test_ratios_of_the_paper():
+    paper = ProgressiveConfig(
+        site="voco", low=0.05, final_low=0.05, high=0.05, final_high=0.9, lead=0.05, final_lead=0.3, lead_by=1.0
+    )
+    assert progressive.ratios(paper, 0.0, 1.0) == pytest.approx((0.05, 0.0))
+    assert progressive.ratios(paper, 0.5, 1.0) == pytest.approx((0.475, 0.3))
+    assert progressive.ratios(paper, 1.0, 1.0) == pytest.approx((0.9, 0.6))
+
+
+@pytest.mark.parametrize("stage", [VOCO, ENCODER], ids=["voco", "encoder"])
+def test_budgets_shrink_and_the_teacher_reads_more(stage):
+    long = dataclasses.replace(stage, steps=400)
+    found = [progressive.budget(long, tiny.MODEL, number, 3, "a") for number in range(400)]
+    student, teacher = np.array(found).T
+    assert np.all(teacher >= student) and np.any(teacher > student) and student.min() >= 1
+    assert student[:80].mean() > student[160:240].mean() > student[-80:].mean()
+    if stage is ENCODER:
+        assert set(student) | set(teacher) <= {16, 12, 8, 4} and {16, 4} <= set(student)
+    else:
+        assert teacher.max() == 8 and len(set(student)) >= 5
+    assert found == [progressive.budget(long, tiny.MODEL, number, 3, "a") for number in range(400)]
+    assert found != [progressive.budget(long, tiny.MODEL, number, 3, "b") for number in range(400)]
+    # A teacher whom nobody asks makes no programs.
+    alone = dataclasses.replace(long, loss=LossConfig())
+    assert progressive.budget(alone, tiny.MODEL, 399, 3, "a") == Budget(student[399], student[399])
+
+
+def test_methods_of_a_budget():
+    """Merged tokens keep their quarter of the budget; VoCo counts change no method."""
+    student, teacher = progressive.methods(ENCODER, Budget(4, 12))
+    assert (student.tokens, student.contextual, teacher.tokens, teacher.contextual) == (4, 1, 12, 3)
+    assert progressive.methods(VOCO, Budget(2, 5)) == (VOCO.method, VOCO.method)
+
+
+def change(stage, **fields):
+    return dataclasses.replace(stage, progressive=dataclasses.replace(stage.progressive, **fields))
+
+
+BAD = {
+    "stages.a.progressive.site = 'decoder' is unknown": change(VOCO, site="decoder"),
+    "stages.a.progressive has no site": change(VOCO, site="", low=0.2),
+    "stages.a.progressive.final_high = 1.5 must lie between 0 and 1": change(VOCO, final_high=1.5),
+    "stages.a.progressive.low = 0.2 must be at most stages.a.progressive.high = 0.1": change(VOCO, low=0.2),
+    "takes no budgets (they are (4,))": change(VOCO, budgets=(4,)),
+    "needs method.voco >= 2 (it is 1)": dataclasses.replace(VOCO, method=MethodConfig(voco=1, voco_mask="voco")),
+    "chooses what voco_counts = (1, 2) does": dataclasses.replace(VOCO, voco_counts=(1, 2)),
+    "the numbers of tokens in stages.a.progressive.budgets (they are ())": change(ENCODER, budgets=()),
+    "needs method.encoder (it is 'none')": dataclasses.replace(ENCODER, method=MethodConfig()),
+    "stages.a.progressive.budgets: visionzip: 18 tokens": change(ENCODER, budgets=(18, 4)),
+    "stages.a.progressive.budgets: 0 tokens must be at least 1": change(ENCODER, budgets=(0,)),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_schedules_that_cannot_be(words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        progressive.check("stages.a", BAD[words], tiny.MODEL)
+    assert "\n" not in str(error.value)
+    for good in (VOCO, ENCODER, StageConfig()):
+        progressive.check("stages.a", good, tiny.MODEL)
+
+
+def run_of(stage):
+    cfg = load_file(ROOT / "configs" / "tiny.py").run_config()
+    return dataclasses.replace(cfg, stages={"a": dataclasses.replace(stage, batch_size=8)}, rows={})
+
+
+def test_a_schedule_goes_with_no_loss_on_the_teacher():
+    cfg = dataclasses.replace(run_of(VOCO), model=dataclasses.replace(run_of(VOCO).model, voco_embeddings=8))
+    config_check.validate(cfg)
+    joint = dataclasses.replace(VOCO, loss=dataclasses.replace(SELF, teacher_ce=1.0))
+    with pytest.raises(ValueError, match=r"stages\.a\.loss\.teacher_ce = 1\.0 reads all visual tokens of the step"):
+        config_check.validate(dataclasses.replace(cfg, stages={"a": joint}))
+    # The largest budget has to fit, whatever the stage's own one is.
+    wide = dataclasses.replace(ENCODER, progressive=dataclasses.replace(ENCODER.progressive, budgets=(17, 4)))
+    with pytest.raises(ValueError, match=r"max_positions = 79 is too small for stages\.a\.method.* needs 80"):
+        short = dataclasses.replace(cfg.model, llm=dataclasses.replace(cfg.model.llm, max_positions=79))
+        config_check.validate(dataclasses.replace(run_of(wide), model=short))
+
+
+def test_a_step_takes_the_program_of_its_budget(tmp_path):
+    """Every VoCo count is one program; of an encoder's budgets each pair is one, the same one when it comes again."""
+    mesh = sharding.make_mesh(MeshConfig())
+    voco = recipe.prepare(run_of(VOCO), "a", mesh, Workdir(tmp_path))
+    programs, counts = zip(*(voco.at(number) for number in range(10)))
+    assert len(set(map(id, programs))) == 1 and len({tuple(count) for count in counts}) > 3
+    assert counts[9].dtype == np.int32 and tuple(counts[9]) == voco.budget(9)
+    encoder = recipe.prepare(run_of(ENCODER), "a", mesh, Workdir(tmp_path))
+    pairs = {}
+    for number in range(40):
+        program, count = encoder.at(number % 10)
+        assert pairs.setdefault(encoder.budget(number % 10), program) is program
+        assert tuple(count) == (0, 0)
+    assert 1 < len(pairs) == len(set(map(id, pairs.values()))) <= 10
+    plain = dataclasses.replace(VOCO, progressive=ProgressiveConfig(), voco_counts=(1, 4))
+    ready = recipe.prepare(run_of(plain), "a", mesh, Workdir(tmp_path))
+    assert ready.at(3)[0] is ready.run_step and ready.at(3)[1] == 4
+
+
+ROW = [[1, IMAGE_ID, VOCO_ID], [5, 6], ([7, 8, 9], {"supervised": True})]
+BATCH = tiny.batch([ROW, ROW[:1] + ROW[2:]], 10)
+
+
+def lines(method, table, count):
+    """Log probabilities [6, V] at the supervised tokens."""
+    logits, slots = tiny.forward(tiny.params(), BATCH, TABLES[table], np.int32(count), method=method)
+    row, at = np.nonzero(slots.supervised)
+    logits = np.asarray(logits, np.float64)[row, np.asarray(slots.previous)[row, at]]
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_each_reads_its_own_budget():
+    """KL of two passes of one model: with 2 and 5 VoCo tokens, and with 4 and 12 visual ones."""
+
+    def found(stage, reads, counts):
+        method, reads = reads
+        return jax.jit(
+            lambda params, counts: step.loss_terms(
+                tiny.MODEL,
+                dataclasses.replace(stage, method=method),
+                params,
+                BATCH,
+                teacher=None,
+                reads=reads,
+                voco_count=counts[0],
+                teacher_count=counts[1],
+                key=KEY,
+                max_targets=4,
+            )
+        )(tiny.params(), jnp.asarray(counts, jnp.int32))
+
+    def expected(student, teacher):
+        return np.sum(np.exp(teacher) * (teacher - student))
+
+    terms = found(VOCO, progressive.methods(VOCO, Budget(2, 5)), (2, 5))
+    assert "teacher_ce" not in terms and float(terms["count"]) == 6
+    tiny.close(terms["kl"], expected(lines(VOCO.method, "voco", 2), lines(VOCO.method, "voco", 5)), atol=1e-4)
+    few, more = progressive.methods(ENCODER, Budget(4, 12))
+    terms = found(ENCODER, (few, more), (0, 0))
+    tiny.close(terms["kl"], expected(lines(few, "visible", 0), lines(more, "visible", 0)), atol=1e-4)

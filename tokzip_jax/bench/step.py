@@ -1,0 +1,184 @@
+"""What a teacher costs a training step: in a pass of its own, in the student's pass, or with a loss of its own."""
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokzip_jax import layout, stack, step, vlm
+from tokzip_jax.bench.report import Report
+from tokzip_jax.bench.timing import CLOCKS, Case, interleave, ratio, rows_of
+from tokzip_jax.bench.voco import SMOLLM2_135M
+from tokzip_jax.bench.weights import random_weights
+from tokzip_jax.config import LlmConfig, LossConfig, MethodConfig, ModelConfig, OptimConfig, StageConfig, VitConfig
+from tokzip_jax.types import IMAGE_ID, VOCO_ID, Array, Params
+
+TINY = LlmConfig(vocab_size=32, width=32, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_positions=2048)
+# Two passes with a gradient are measured one by one and added.
+STUDENT, WHOLE, FROZEN, ONE_PASS, JOINT = (
+    "no teacher",
+    "no teacher, no VoCo token",
+    "frozen teacher, two passes",
+    "self-teacher, one pass",
+    "both with a loss, one pass",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--batch", type=int, default=1, help="rows at once")
+    parser.add_argument("--grid", type=int, default=24, help="visual tokens of a side: 24 are 576")
+    parser.add_argument("--text", type=int, default=447, help="text tokens of a row, BOS among them")
+    parser.add_argument("--voco", type=int, default=1, help="VoCo tokens")
+    parser.add_argument("--layers", type=int, default=4, help="of the language model that is timed")
+    parser.add_argument("--remat", choices=("none", *stack.POLICIES), default="none", help="what is computed again")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: time of all threads")
+
+
+def run(args: argparse.Namespace) -> Report:
+    """A training step with and without a teacher: FLOPs, seconds and memory."""
+    cfg = model(args)
+    stages, batch = stages_of(args), rows(args, cfg.llm.vocab_size)
+    needed = {name: layer_flops(cfg, stage, batch) for name, stage in stages.items()}
+    params = random_weights(shapes(cfg))
+    programs = {name: lowered(cfg, stage, params, batch).compile() for name, stage in stages.items()}
+    cases = {name: Case(functools.partial(program, params, batch)) for name, program in programs.items()}
+    seconds = interleave(cases, runs=args.runs, clock=CLOCKS[args.clock])
+    seconds["both with a loss, two passes"] = [sum(pair) for pair in zip(seconds[STUDENT], seconds[WHOLE], strict=True)]
+    memory = {name: program.memory_analysis() for name, program in programs.items()}
+    return Report(
+        name="step",
+        settings={
+            "language model": dataclasses.asdict(cfg.llm),
+            "batch": args.batch,
+            "dtype": args.dtype,
+            "tokens": {"visual": args.grid**2, "text": args.text, "VoCo": args.voco},
+            "remat": args.remat,
+            "supervised": "the second half of the text",
+            "clock": args.clock,
+            "runs": {"measured": args.runs, "warm-up": 1},
+        },
+        tables={
+            "FLOPs of a layer, forward and backward": flop_rows(args, needed),
+            "seconds of loss and gradients": rows_of(seconds),
+            "one pass / two passes": [
+                ratio(seconds, ONE_PASS, FROZEN),
+                ratio(seconds, JOINT, "both with a loss, two passes"),
+            ],
+            "megabytes": [
+                {"what": name, "temporaries": each.temp_size_in_bytes / 1e6} for name, each in memory.items()
+            ],
+        },
+        sentences=[
+            "Expected are the ratios of rows times passes: a backward pass counts as two forward ones, remat 'full' "
+            "adds one to what is differentiated; attention's dependence on the number of keys is left out."
+        ],
+    )
+
+
+def model(args: argparse.Namespace) -> ModelConfig:
+    """The language model that is measured, behind a vision tower too small to matter."""
+    llm = TINY if args.tiny else dataclasses.replace(SMOLLM2_135M, vocab_size=256)
+    vit = VitConfig(image_size=2 * args.grid, patch_size=2, width=8, layers=2, heads=1, mlp_dim=8)
+    llm = dataclasses.replace(llm, layers=args.layers)
+    return ModelConfig(vit=vit, llm=llm, dtype=args.dtype, param_dtype=args.dtype, remat=args.remat)
+
+
+def stages_of(args: argparse.Namespace) -> dict[str, StageConfig]:
+    """A stage for each case."""
+    losses = {
+        STUDENT: LossConfig(),
+        WHOLE: LossConfig(),
+        FROZEN: LossConfig(kl=1.0),
+        ONE_PASS: LossConfig(kl=1.0, teacher="self"),
+        JOINT: LossConfig(kl=1.0, teacher="self", teacher_ce=1.0),
+    }
+    voco = MethodConfig(voco=args.voco, voco_mask="voco")
+    optim = OptimConfig(clip_norm=0.0)
+    return {
+        name: StageConfig(
+            train=("llm/.*", "projector/.*"), method=MethodConfig() if name == WHOLE else voco, loss=loss, optim=optim
+        )
+        for name, loss in losses.items()
+    }
+
+
+def rows(args: argparse.Namespace, vocabulary: int) -> dict[str, Array]:
+    """Rows of BOS, a picture, its VoCo tokens and text, of which the second half is supervised."""
+    rng = np.random.default_rng(0)
+    length, size = args.text + 2, 2 * args.grid
+    ids = rng.integers(4, vocabulary, (args.batch, length), np.int32)
+    ids[:, :3] = (1, IMAGE_ID, VOCO_ID)
+    return {
+        "images": jnp.asarray(rng.integers(0, 256, (args.batch, 1, size, size, 3), np.uint8)),
+        "ids": jnp.asarray(ids),
+        "thread": jnp.zeros((args.batch, length), jnp.int32),
+        "sample": jnp.ones((args.batch, length), jnp.int32),
+        "supervised": jnp.broadcast_to(jnp.arange(length) >= length - args.text // 2, (args.batch, length)),
+    }
+
+
+def shapes(cfg: ModelConfig) -> Params:
+    """The parameters' shapes."""
+    return jax.eval_shape(functools.partial(vlm.init, cfg, "mlp2x_gelu"), jax.random.key(0))
+
+
+def lowered(cfg: ModelConfig, stage: StageConfig, params: Any, batch: dict[str, Array]) -> Any:
+    """Loss and gradients of a stage, traced over (parameters, batch); a frozen teacher has the same parameters."""
+
+    @jax.jit
+    def program(params: Params, batch: dict[str, Array]) -> Any:
+        count = jnp.int32(stage.method.voco)
+        options = {"voco_count": count, "key": jax.random.key(0), "max_targets": batch["ids"].shape[1]}
+        return step.gradients(cfg, stage, params, batch, teacher=params, **options)
+
+    return program.lower(params, batch)
+
+
+def layer_flops(cfg: ModelConfig, stage: StageConfig, batch: dict[str, Array]) -> float:
+    """What one layer adds, by XLA's count of the program before it is compiled (whose products may have no count).
+
+    The body of a loop counts once, so the layers are put in loops of one: two of them minus one.
+    """
+
+    def count(layers: int) -> float:
+        deep = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=layers))
+        params = shapes(deep)
+        split = functools.partial(stack.split, cuts=range(1, layers))
+        params["llm"]["layers"] = jax.eval_shape(split, params["llm"]["layers"]["0"])
+        return lowered(deep, stage, params, batch).cost_analysis()["flops"]
+
+    return count(2) - count(1)
+
+
+def flop_rows(args: argparse.Namespace, needed: dict[str, float]) -> list[dict[str, Any]]:
+    """XLA's counts, and beside their ratios those that follow from the number of rows alone."""
+    once, often = 1, 4 if args.remat == "full" else 3
+    text, whole = args.text + 2, layout.slots(args.text + 2, images=1, visual=args.grid**2, voco=0)
+    student = layout.slots(args.text + 2, images=1, visual=args.grid**2, voco=args.voco)
+    expected = {
+        STUDENT: often * student,
+        WHOLE: often * whole,
+        FROZEN: often * student + once * whole,
+        ONE_PASS: often * student + once * text,
+        JOINT: often * (student + text),
+    }
+    both = "both with a loss, two passes"
+    counts = {name: (needed[name], float(expected[name])) for name in needed}
+    counts[both] = tuple(sum(pair) for pair in zip(counts[STUDENT], counts[WHOLE], strict=True))
+    against = {ONE_PASS: FROZEN, JOINT: both}
+    return [
+        {
+            "what": name,
+            "FLOPs": flops,
+            "over no teacher": flops / needed[STUDENT],
+            "expected": rows / expected[STUDENT],
+            "saved by one pass": 1 - flops / counts[against.get(name, name)][0],
+            "expected to be saved": 1 - rows / counts[against.get(name, name)][1],
+        }
+        for name, (flops, rows) in counts.items()
+    ]
