@@ -24,9 +24,15 @@ from tokzip_jax.types import Array, Params
 TEACHERS = ("frozen", "self")
 # A method's settings for the uncompressed model, which need not know VoCo tokens.
 PLAIN = {
-    **{"encoder": "none", "voco": 0, "voco_mask": "visible"},
-    **{"level": 0, "queries": 0, "draw_budget": False},
-    **{"decoder": "none", "decoder_layers": (), "decoder_keep": ()},
+    "encoder": "none",
+    "voco": 0,
+    "voco_mask": "visible",
+    "level": 0,
+    "queries": 0,
+    "draw_budget": False,
+    "decoder": "none",
+    "decoder_layers": (),
+    "decoder_keep": (),
 }
 
 
