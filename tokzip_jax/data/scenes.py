@@ -7,8 +7,8 @@ on the picture's size either.
 Facts: JSON, a list of {"shape", "color", "x", "y", "size", "depth"}, see `shapes.Thing`. Captions name every thing in a
 fixed order with two words each, so with one token a word a caption has at most twice as many tokens as the
 `difficulty` allows things (`shapes.LEVELS`): 8 (easy), 12 (medium) or 16 (hard). Questions are those of
-`scene_questions`, types "color", "shape", "count", "exists", "compare" and "relation"; "yes" and "no" answer less than a
-third of them.
+`scene_questions`, types "color", "shape", "count", "exists", "compare" and "relation"; "yes" and "no" answer
+less than a third of them.
 
 With the default `scenes` settings, `DataConfig(name="scenes", vocab_size=512, text_length=104, targets=24,
 caption_length=12)` holds each picture with all of its questions in one row.
