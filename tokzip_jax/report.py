@@ -11,6 +11,7 @@ from tokzip_jax import plots, sharding, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import MODEL_INPUTS, Runner
+from tokzip_jax.projectors import KEEPS_PLACES
 from tokzip_jax.types import Array, Params, VisualTokens
 
 SELECTING = ("visionzip", "random", "uniform")  # encoder sites whose choice of patches can be drawn
@@ -87,7 +88,7 @@ def _columns(runner: Runner, batch: dict[str, np.ndarray]) -> list:
     columns = []
     for name in names:
         row = cfg.rows[name]
-        if row.stage and row.method.encoder in SELECTING:
+        if row.stage and row.method.encoder in SELECTING and row.method.projector in KEEPS_PLACES:
             tokens = jax.device_get(_encode(cfg.model, runner.load(row), inputs["images"], row.method))
             columns.append(functools.partial(plots.kept_panel, name, tokens))
     looking = [n for n in names if cfg.rows[n].method.voco and cfg.rows[n].method.voco_mask != "visible"]

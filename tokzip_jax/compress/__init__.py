@@ -14,13 +14,14 @@ from tokzip_jax.compress.downsample import downsample, resize_positions
 from tokzip_jax.compress.folder import folder
 from tokzip_jax.compress.holov import holov
 from tokzip_jax.compress.mmtok import mmtok
-from tokzip_jax.compress.pool import average_pool
+from tokzip_jax.compress.pool import average_pool, nested_pool, nested_pool_by_picture, stride_pool
 from tokzip_jax.compress.prumerge import prumerge, prumerge_plus
 from tokzip_jax.compress.relevance import question_relevance, question_similarity
 from tokzip_jax.compress.restore import restore, restore_bias
 from tokzip_jax.compress.scope import scope
 from tokzip_jax.compress.select import check_tokens, everything, random, uniform
 from tokzip_jax.compress.tome import tome
+from tokzip_jax.compress.unshuffle import pixel_unshuffle
 from tokzip_jax.compress.visionzip import check_budget, visionzip
 from tokzip_jax.compress.visionzip_merged import visionzip_merged
 from tokzip_jax.compress.vispruner import vispruner
@@ -39,6 +40,9 @@ __all__ = [
     "folder",
     "holov",
     "mmtok",
+    "nested_pool",
+    "nested_pool_by_picture",
+    "pixel_unshuffle",
     "prumerge",
     "prumerge_plus",
     "question_relevance",
@@ -48,6 +52,7 @@ __all__ = [
     "restore",
     "restore_bias",
     "scope",
+    "stride_pool",
     "tome",
     "uniform",
     "visionzip",

@@ -10,7 +10,7 @@ from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.projectors import ldp, llamavid, mqt, plain, pooled, qformer, unshuffle
 from tokzip_jax.projectors.base import Context, Projector, require
 
-__all__ = ["OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
+__all__ = ["KEEPS_PLACES", "OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
 
 PROJECTORS: dict[str, Projector] = {
     **plain.ENTRIES,
@@ -21,6 +21,7 @@ PROJECTORS: dict[str, Projector] = {
     **llamavid.ENTRIES,
     **mqt.ENTRIES,
 }
+KEEPS_PLACES = tuple(plain.ENTRIES)  # one token in, one token out: what an encoder site chose can still be seen
 # Fields of `MethodConfig` that some projector reads, and their defaults.
 _READ = {name for entry in PROJECTORS.values() for name in entry.options}
 OPTIONS = {field.name: field.default for field in dataclasses.fields(MethodConfig) if field.name in _READ}
