@@ -34,12 +34,12 @@ OPTION = {
 METHODS = {name: c.MethodConfig(projector=name, **OPTION.get(name, {})) for name in PROJECTORS}
 DRAWN = {name: dataclasses.replace(METHODS[name], draw_budget=True) for name in ("nested_pool", "mqt")}
 DRAWN["nested_pool"] = dataclasses.replace(DRAWN["nested_pool"], level=0)
-OTHER = {"llamavid": c.MethodConfig(projector="llamavid"), "mqt": c.MethodConfig(projector="mqt", mqt_keys="paper")}
+OTHER = {"mqt": c.MethodConfig(projector="mqt", mqt_keys="paper")}
 CASES = {**METHODS, **{f"{name} drawn": m for name, m in DRAWN.items()}, **{f"{n} too": m for n, m in OTHER.items()}}
 COUNTS = {
     "mlp2x_gelu": 16, "linear": 16, "avgpool_linear": 4, "pool_linear": 1, "pool_mlp": 4, "mlp_pool": 4,
     "nested_pool": 4, "pixel_unshuffle": 4, "ldp": 4, "ldpv2": 4, "qformer": 9, "instructblip": 9, "llamavid": 5,
-    "mqt": 7, "nested_pool drawn": 16, "mqt drawn": 7, "llamavid too": 17, "mqt too": 9,
+    "mqt": 7, "nested_pool drawn": 16, "mqt drawn": 7, "mqt too": 9,
 }  # fmt: skip
 RNG = np.random.default_rng(0)
 PATCHES = RNG.standard_normal((3, 16, 12)).astype(np.float32)
