@@ -22,6 +22,12 @@ from tokzip_jax.projectors.plain import init_one_layer, init_two_layers, linear_
 from tokzip_jax.types import Params, VisualTokens
 
 
+def _product_flops(cfg: ModelConfig, grid: int, width: int) -> int:
+    """FLOPs of pooling all patches to grid x grid tokens as products with a matrix along either side."""
+    side = cfg.vit.grid
+    return 2 * width * grid * side * (side + grid)
+
+
 def _average_linear(
     cfg: ModelConfig, method: MethodConfig, params: Params, tokens: VisualTokens, context: Context
 ) -> VisualTokens:
@@ -66,8 +72,7 @@ def _stride_flops(cfg: ModelConfig, method: MethodConfig, width: int) -> int:
     """FLOPs of the pooling itself: only sampling is written as products."""
     if method.pool != "bilinear":
         return 0
-    side, grid = cfg.vit.grid, pooled_side(cfg.vit.grid, method.factor, method.pool)
-    return 2 * width * grid * side * (side + grid)
+    return _product_flops(cfg, pooled_side(cfg.vit.grid, method.factor, method.pool), width)
 
 
 def _check_stride(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
@@ -108,9 +113,9 @@ def _nested_count(cfg: ModelConfig, method: MethodConfig, tokens: int) -> int:
 
 
 def _nested_flops(cfg: ModelConfig, method: MethodConfig, tokens: int, text: int) -> int:
-    side, grid = cfg.vit.grid, nested_grids(cfg.vit.grid)[method.level]
+    grid = nested_grids(cfg.vit.grid)[method.level]
     # A level drawn for each picture is a product with matrices of its own; a fixed one only adds.
-    pooling = 2 * cfg.llm.width * grid * side * (side + grid) if method.draw_budget else 0
+    pooling = _product_flops(cfg, grid, cfg.llm.width) if method.draw_budget else 0
     return mlp_flops(cfg.vit.width, cfg.llm.width, tokens) + pooling
 
 
@@ -140,7 +145,9 @@ ENTRIES = {
         init_one_layer,
         _average_linear,
         lambda cfg, method, tokens: method.pool_grid**2,
-        lambda cfg, method, tokens, text: linear_flops(cfg, method.pool_grid**2),
+        lambda cfg, method, tokens, text: (
+            linear_flops(cfg, method.pool_grid**2) + _product_flops(cfg, method.pool_grid, cfg.vit.width)
+        ),
         check=_check_grid,
         options=("pool_grid",),
         grid=True,
