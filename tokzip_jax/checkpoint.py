@@ -139,6 +139,11 @@ def absent(path: str, params: Any, fresh: Sequence[str] = ()) -> list[str]:
     return missing
 
 
+def stored_paths(path: str) -> list[str]:
+    """Paths of the parameters that a checkpoint holds; `path` as in `load_params`."""
+    return list(_stored_params(_resolve(path))[0])
+
+
 def load_params(path: str, params: Any) -> Any:
     """Parameters out of a training's checkpoint or out of `save_params`.
 

@@ -164,6 +164,17 @@ class ProgressiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank deltas beside frozen matrices (arXiv 2106.09685); see `lora.py`."""
+
+    rank: int = 0  # 0 = none
+    alpha: float = 16.0  # the delta is alpha / rank times the product of its factors
+    paths: tuple[str, ...] = (r"llm/layers/\d+/attn/[qv]/w",)  # patterns of the matrices; the paper's are q and v
+    kinds: tuple[str, ...] = ()  # token kinds the deltas reach, e.g. ("voco", "text"); () = every token
+    init: str = "official"  # first factor: "official" (Kaiming uniform, as released) or "paper" (Gaussian)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One training of a recipe."""
 
@@ -174,6 +185,7 @@ class StageConfig:
     method: MethodConfig = MethodConfig()
     voco_counts: tuple[int, ...] = ()  # VoCo tokens inserted, taken in turn step by step; () = always method.voco
     token_dropout: float = 0.0  # share of the pictures of a step that lose a random part of their visual tokens
+    lora: LoraConfig = LoraConfig()  # train them with train=("lora/.*", ...)
     loss: LossConfig = LossConfig()
     progressive: ProgressiveConfig = ProgressiveConfig()
     optim: OptimConfig = OptimConfig()

@@ -12,6 +12,7 @@ from tokzip_jax import (
     distill,
     layers,
     layout,
+    lora,
     masks,
     progressive,
     projectors,
@@ -248,6 +249,13 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
     _require(
         loss.contrast == 0 or cfg.model.contrast_dim > 0,
         f"{key}.loss.contrast = {loss.contrast} needs model.contrast_dim >= 1",
+    )
+    lora.check_config(f"{key}.lora", stage.lora)
+    origin = cfg.stages.get(stage.init_from)
+    _require(
+        origin is None or not origin.lora.rank or origin.lora == stage.lora,
+        f"{key}.lora must be stages.{stage.init_from}.lora, the deltas in the checkpoint that it begins from; or begin "
+        "from a path with them merged (lora.export)",
     )
     check_method(f"{key}.method", stage.method, cfg.model)
     least = 0 if stage.method.voco_mask == "visible" else 1

@@ -15,6 +15,8 @@ from tokzip_jax.types import Array, Params
 
 # What `Attention` is given to mix tokens with: (q, k, v) head-major -> (mixed [B, N, T, H], anything).
 Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
+# What `lora.attach` puts among the parameters: the factors beside a weight, the gate into a block.
+ATTACHED = ("lora_a", "lora_b", "lora_kinds")
 
 
 class Linear(nn.Module):
@@ -22,6 +24,9 @@ class Linear(nn.Module):
 
     Not `einsum`: it contracts (N, H) as (H, N) and for some orders of the output swaps its operands, and then XLA
     transposes the weight at every call. On a CPU that was a third of the time of a pass over 64 tokens.
+
+    Parameters that hold a low-rank delta (`lora.attach`) add it, to the rows that the gate lets through. The others are
+    selected from the product without it, so that they are the undisturbed layer's bit for bit.
     """
 
     shape: tuple[int, ...]
@@ -30,12 +35,17 @@ class Linear(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., *shape[:fan_in]] -> [..., *shape[fan_in:]], in x's dtype."""
+    def __call__(self, x: Array, gate: Array | None = None) -> Array:
+        """[..., *shape[:fan_in]] -> [..., *shape[fan_in:]], in x's dtype; `gate` is bool [...], None = all rows."""
         inputs = tuple(range(self.fan_in))
         outputs = tuple(range(self.fan_in, len(self.shape)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=inputs, out_axis=outputs)
         y = jnp.tensordot(x, self.param("w", init, self.shape, self.param_dtype).astype(x.dtype), self.fan_in)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in ("lora_a", "lora_b"))
+            changed = y + jnp.tensordot(jnp.tensordot(x, a, self.fan_in), b, 1)
+            outer = x.shape[: x.ndim - self.fan_in]
+            y = changed if gate is None else jnp.where(gate.reshape(outer + (1,) * len(outputs)), changed, y)
         if self.bias:
             b = self.param("b", nn.initializers.zeros, self.shape[self.fan_in :], self.param_dtype).astype(x.dtype)
             y = y + b.reshape((1,) * (x.ndim - self.fan_in) + b.shape)
@@ -89,18 +99,18 @@ class Attention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BTD: Array, mix: Mix) -> tuple[Array, Any]:
-        """[B, T, D] -> ([B, T, D], what `mix` returned beside the mixed heads)."""
+    def __call__(self, x_BTD: Array, mix: Mix, gate_BT: Array | None = None) -> tuple[Array, Any]:
+        """[B, T, D] -> ([B, T, D], what `mix` returned beside the mixed heads); the gate is that of `Linear`."""
 
         def project(name: str, heads: int) -> Array:
             shape = (self.width, heads, self.head_dim)
-            x_BTNH = Linear(shape, bias=self.bias, param_dtype=self.param_dtype, name=name)(x_BTD)
+            x_BTNH = Linear(shape, bias=self.bias, param_dtype=self.param_dtype, name=name)(x_BTD, gate_BT)
             return x_BTNH.swapaxes(1, 2)
 
         mixed, aux = mix(project("q", self.heads), project("k", self.kv_heads), project("v", self.kv_heads))
         shape = (self.heads, self.head_dim, self.width)
         out = Linear(shape, fan_in=2, bias=self.bias, param_dtype=self.param_dtype, name="o")
-        return out(mixed.swapaxes(1, 2)), aux
+        return out(mixed.swapaxes(1, 2), gate_BT), aux
 
 
 def quick_gelu(x: Array) -> Array:
@@ -143,15 +153,15 @@ class SwiGlu(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x_BTD: Array, gate_BT: Array | None = None) -> Array:
+        """[B, T, D] -> [B, T, D]; `gate_BT` is that of `Linear`."""
 
-        def dense(name: str, shape: tuple[int, int]) -> Linear:
-            return Linear(shape, param_dtype=self.param_dtype, name=name)
+        def dense(name: str, shape: tuple[int, int], x: Array) -> Array:
+            return Linear(shape, param_dtype=self.param_dtype, name=name)(x, gate_BT)
 
-        gate_BTF = dense("gate", (self.width, self.hidden))(x_BTD)
-        up_BTF = dense("up", (self.width, self.hidden))(x_BTD)
-        return dense("down", (self.hidden, self.width))(jax.nn.silu(gate_BTF) * up_BTF)
+        gate_BTF = dense("gate", (self.width, self.hidden), x_BTD)
+        up_BTF = dense("up", (self.width, self.hidden), x_BTD)
+        return dense("down", (self.hidden, self.width), jax.nn.silu(gate_BTF) * up_BTF)
 
 
 def init(module: nn.Module, key: Array, *args: Any) -> Params:
@@ -162,6 +172,20 @@ def init(module: nn.Module, key: Array, *args: Any) -> Params:
 def apply(module: nn.Module, params: Params, *args: Any) -> Any:
     """Run a module on a plain dict of parameters."""
     return module.apply({"params": params}, *args)
+
+
+def delta_gate(block: Params, kind_BT: Array) -> Array | None:
+    """Which tokens the low-rank deltas of a block reach, [B, T] bool; None = all of them, or there are none."""
+    return block["lora_kinds"][kind_BT] if "lora_kinds" in block else None
+
+
+def without_deltas(params: Any) -> Any:
+    """Parameters (a model's, a stack's, a block's) as they are with no low-rank delta attached; nothing is copied."""
+    if isinstance(params, tuple):
+        return tuple(without_deltas(block) for block in params)
+    if not isinstance(params, dict):
+        return params
+    return {name: without_deltas(part) for name, part in params.items() if name not in ATTACHED}
 
 
 def rope_angles(position_BT: Array, head_dim: int, theta: float) -> tuple[Array, Array]:

@@ -40,14 +40,17 @@ def modules_of(cfg: LlmConfig, param_dtype: Any) -> dict[str, Any]:
     }
 
 
-def run_block(modules: dict[str, Any], block: Params, x_BTD: Array, mix: layers.Mix) -> tuple[Array, Any]:
-    """One layer: ([B, T, D], what `mix` returned beside the mixed heads)."""
+def run_block(
+    modules: dict[str, Any], block: Params, x_BTD: Array, kind_BT: Array, mix: layers.Mix
+) -> tuple[Array, Any]:
+    """One layer: ([B, T, D], what `mix` returned beside the mixed heads); the kinds say where low-rank deltas reach."""
     x_BTD = constrain(x_BTD, "data", None, None)
+    gate_BT = layers.delta_gate(block, kind_BT)
     normed = layers.apply(modules["norm1"], block["norm1"], x_BTD)
-    mixed, out = layers.apply(modules["attn"], block["attn"], normed, mix)
+    mixed, out = layers.apply(modules["attn"], block["attn"], normed, mix, gate_BT)
     x_BTD = x_BTD + mixed
     normed = layers.apply(modules["norm2"], block["norm2"], x_BTD)
-    return x_BTD + layers.apply(modules["mlp"], block["mlp"], normed), out
+    return x_BTD + layers.apply(modules["mlp"], block["mlp"], normed, gate_BT), out
 
 
 def init(cfg: LlmConfig, key: Array, param_dtype: Any = jnp.float32, cuts: tuple[int, ...] = ()) -> Params:
@@ -101,7 +104,9 @@ def run_layers(
     """Run layers lo .. hi-1 over a row of tokens.
 
     Args:
-        cfg, blocks: the model's config and `params["layers"]` (groups, or a tuple from `stack.unstack`).
+        cfg, blocks: the model's config and `params["layers"]` (groups, or a tuple from `stack.unstack`). Low-rank
+            deltas in them (`lora.attach`) reach the token kinds that they were made for;
+            `layers.without_deltas(blocks)` switches them off.
         x_BTD: [B, T, D] embeddings.
         stream: [B, T] what they are. With a cache, `order` must already be the slots they are written to.
         table: [kinds, kinds] out of `masks.TABLES`.
@@ -147,7 +152,7 @@ def run_layers(
                 return attention(q, read_k, read_v), out
             return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), out
 
-        return run_block(modules, block, x, mix)
+        return run_block(modules, block, x, stream.kind, mix)
 
     past = None
     if cache is not None:

@@ -181,7 +181,7 @@ def run_both(
             q, k = layers.rotate(q, angles), layers.rotate(k, angles)
             return attend(q, k, v, mask=mask, implementation=cfg.attention), (k, v)
 
-        x, read = llm.run_block(modules, block, carry[0], student)
+        x, read = llm.run_block(modules, block, carry[0], stream.kind, student)
         past_k, past_v = (
             jnp.take_along_axis(part, seen_BV[:, None, :, None], axis=2) for part in jax.lax.stop_gradient(read)
         )
@@ -191,7 +191,7 @@ def run_both(
             k, v = jnp.concatenate([past_k, k], axis=2), jnp.concatenate([past_v, v], axis=2)
             return attend(q, k, v, mask=own_mask, implementation=cfg.attention), None
 
-        y, _ = llm.run_block(modules, jax.lax.stop_gradient(block), carry[1], teacher)
+        y, _ = llm.run_block(modules, jax.lax.stop_gradient(block), carry[1], own.kind, teacher)
         return (x, y), None
 
     return stack.run(body, (x_BTD, y_BRD), blocks, 0, cfg.llm.layers, remat=cfg.remat)[0]

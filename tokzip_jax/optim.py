@@ -15,6 +15,7 @@ from tokzip_jax.paths import first_match, flatten, map_with_path
 
 # Whether AdamW decays a parameter: matrices yes; norms, biases, scalars and embeddings with a meaning of their own no.
 DECAY: tuple[tuple[str, bool], ...] = (
+    (r"lora/.*", True),  # both factors are matrices
     (r"(.*/)?(pre_|post_)?norm\d?/(scale|bias)", False),
     (r".*/b", False),
     (r"vit/(cls|pos)", False),

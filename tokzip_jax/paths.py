@@ -24,6 +24,18 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {slash_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"slash/separated/path": leaf} as a nested dict."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def first_match(table: Sequence[tuple[str, T]], path: str, *, name: str) -> T:
     """The value of the first pattern of a table that matches a whole path.
 

@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import checkpoint, distill, optim, progressive, sharding, step, vlm
-from tokzip_jax.config import MethodConfig, RunConfig, StageConfig
+from tokzip_jax import checkpoint, distill, lora, optim, progressive, sharding, step, vlm
+from tokzip_jax.config import LoraConfig, MethodConfig, ModelConfig, RunConfig, StageConfig
 from tokzip_jax.metrics import say
 from tokzip_jax.paths import flatten
 from tokzip_jax.step import TrainState
@@ -19,9 +20,10 @@ from tokzip_jax.types import Array, Params
 from tokzip_jax.workdir import Workdir
 
 # What an earlier checkpoint need not hold: it is made fresh, and the log says so.
-FRESH = ("projector/.*", "voco/.*", "contrast/.*")
+FRESH = ("projector/.*", "voco/.*", "contrast/.*", "lora/.*")
 # What the uncompressed model never reads.
 UNREAD = ("voco/.*", "contrast/.*")
+NO_DELTAS = LoraConfig()
 
 
 RunStep = Callable[..., tuple[TrainState, dict[str, Array]]]
@@ -38,7 +40,7 @@ class Stage:
             state is donated.
         abstract: the state's shapes and shardings, for restoring.
         begin: makes the state of step 0.
-        teacher: frozen parameters for the KL term, or None.
+        teacher: frozen parameters for the KL term, or None (no such term, or the model without its LoRA deltas).
         budget: what student and teacher read in a step, by its number; None without a progressive schedule.
     """
 
@@ -65,9 +67,33 @@ class Stage:
         return self.program(*progressive.methods(self.cfg, found)), np.asarray(counts, np.int32)
 
 
-def shapes(cfg: RunConfig, projector: str) -> Params:
-    """The parameters of the model with one kind of projector, as `ShapeDtypeStruct`s."""
-    return jax.eval_shape(lambda key: vlm.init(cfg.model, projector, key), jax.random.key(0))
+def initial(cfg: ModelConfig, projector: str, deltas: LoraConfig, key: Array) -> Params:
+    """Fresh parameters of the model with one kind of projector, and of its low-rank deltas."""
+    params = vlm.init(cfg, projector, key)
+    return lora.add(deltas, params, jax.random.fold_in(key, zlib.crc32(b"lora")))
+
+
+def shapes(cfg: RunConfig, projector: str, deltas: LoraConfig = NO_DELTAS) -> Params:
+    """The parameters that `initial` makes, as `ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda key: initial(cfg.model, projector, deltas, key), jax.random.key(0))
+
+
+def check_deltas(source: str, abstract: Params) -> None:
+    """Refuse a checkpoint with low-rank deltas that are not those of `abstract`; one without any is fine.
+
+    Raises:
+        ValueError: it holds others, which would be left out silently.
+    """
+    stored, wanted = (
+        {path for path in paths if path.startswith("lora/")}
+        for paths in (checkpoint.stored_paths(source), flatten(abstract))
+    )
+    if stored and stored != wanted:
+        odd = min(stored ^ wanted)
+        raise ValueError(
+            f"checkpoint {source} holds LoRA deltas of other matrices ({odd} is {'there' if odd in stored else 'here'} "
+            "only): give the rank and paths that they were trained with, or a checkpoint with them merged (lora.export)"
+        )
 
 
 def check(cfg: RunConfig) -> None:
@@ -78,7 +104,10 @@ def check(cfg: RunConfig) -> None:
         FileNotFoundError: no checkpoint to start from.
     """
     for name, stage in cfg.stages.items():
-        abstract = shapes(cfg, stage.method.projector)
+        try:
+            abstract = shapes(cfg, stage.method.projector, stage.lora)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.{error}") from None
         try:
             optim.make_optimizer(stage.optim, stage.steps, abstract, stage.train)
         except ValueError as error:
@@ -86,10 +115,15 @@ def check(cfg: RunConfig) -> None:
         trained, _ = step.partition(abstract, stage.train)
         # A teacher under a schedule may read VoCo tokens.
         unread = ("contrast/.*",) if stage.progressive.site else UNREAD
+        # Deltas of VoCo and text tokens are none of the twin's, whose text is of another kind.
+        shared = distill.shares_a_pass(stage.loss, stage.progressive.site)
+        if shared and stage.lora.kinds and set(stage.lora.kinds) <= {"voco", "text"}:
+            unread = (*unread, "lora/.*")
         distill.check_anchor(f"stages.{name}", stage.loss, flatten(trained), unread)
         if stage.init_from and stage.init_from not in cfg.stages:
             try:
                 checkpoint.absent(stage.init_from, abstract, FRESH)
+                check_deltas(stage.init_from, abstract)
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"stages.{name}.init_from: {error}") from None
 
@@ -100,7 +134,7 @@ def _source(workdir: Workdir, cfg: RunConfig, origin: str) -> str:
 
 def _initial_params(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Workdir, key: Array) -> Params:
     def init(key: Array) -> Params:
-        return vlm.init(cfg.model, stage.method.projector, key)
+        return initial(cfg.model, stage.method.projector, stage.lora, key)
 
     if not stage.init_from:
         return sharding.sharded_init(init, mesh, key)
@@ -117,14 +151,23 @@ def _initial_params(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Wor
 
 
 def _teacher(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Workdir) -> Params | None:
+    """Frozen parameters for the KL term; None = there is no such term, or the model without its deltas teaches."""
     if stage.loss.kl == 0 or stage.loss.teacher != "frozen":
         return None
     projector = cfg.stages[stage.init_from].method.projector if stage.init_from in cfg.stages else "mlp2x_gelu"
     source = _source(workdir, cfg, stage.init_from)
-    abstract = flatten(sharding.abstract_like(mesh, shapes(cfg, projector)))
+    abstract = flatten(sharding.abstract_like(mesh, shapes(cfg, projector, stage.lora)))
     # It reads the picture and no VoCo token: a converted LLaVA, which knows none, will do.
-    lacking = checkpoint.absent(source, abstract, UNREAD)
+    lacking = checkpoint.absent(source, abstract, (*UNREAD, "lora/.*"))
+    moves = any(_matches(stage.train, path) and not _matches((*UNREAD, "lora/.*"), path) for path in abstract)
+    fresh = all(path in lacking for path in abstract if path.startswith("lora/"))
+    if stage.lora.rank and fresh and not moves and projector == stage.method.projector:
+        return None  # what it reads never changes
     return checkpoint.load_params(source, step.nest({p: leaf for p, leaf in abstract.items() if p not in lacking}))
+
+
+def _matches(patterns: Iterable[str], path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
@@ -139,7 +182,7 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         """The stage's keys for its first parameters and for its steps, whatever the order in which stages run."""
         return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), zlib.crc32(name.encode())))
 
-    params = shapes(cfg, stage.method.projector)
+    params = shapes(cfg, stage.method.projector, stage.lora)
     tx, schedule = optim.make_optimizer(stage.optim, stage.steps, params, stage.train)
 
     def state(params: Params) -> TrainState:

@@ -21,7 +21,7 @@ from tokzip_jax.paths import first_match, map_with_path
 from tokzip_jax.types import Array
 
 AXES = ("data", "model")
-ROOTS = ("vit", "projector", "llm", "voco", "contrast")  # where a parameter's path starts inside a larger state
+ROOTS = ("vit", "projector", "llm", "voco", "contrast", "lora")  # where a parameter's path starts inside a larger state
 
 # First full match wins. A row gives the mesh axis of every dimension; () = replicated. Stacked parameters have a layer
 # axis in front, which is never split: the scan over layers would gather it again at every step.
@@ -63,6 +63,19 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"voco/table", (None, "data")),
     (r"contrast/(image|text)/w", ("data", None)),
     (r"contrast/scale", ()),
+    # The factors of a delta: A is split like its matrix's inputs, B like its outputs, the rank never.
+    (r"lora/" + _STACK + r"attn/[qkv]/a", (None, "data", None)),
+    (r"lora/" + _STACK + r"attn/[qkv]/b", (None, None, "model", None)),
+    (r"lora/" + _STACK + r"attn/o/a", (None, "model", None, None)),
+    (r"lora/" + _STACK + r"attn/o/b", (None, None, "data")),
+    (r"lora/" + _STACK + r"mlp/(up|gate)/a", (None, "data", None)),
+    (r"lora/" + _STACK + r"mlp/(up|gate)/b", (None, None, "model")),
+    (r"lora/" + _STACK + r"mlp/down/a", (None, "model", None)),
+    (r"lora/" + _STACK + r"mlp/down/b", (None, None, "data")),
+    (r"lora/projector/[^/]+/fc1?/a", ("data", None)),
+    (r"lora/projector/[^/]+/fc1?/b", (None, "model")),
+    (r"lora/projector/[^/]+/fc2/a", ("model", None)),
+    (r"lora/projector/[^/]+/fc2/b", (None, "data")),
 )
 
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokzip_jax import distill, llm, losses, vlm
+from tokzip_jax import distill, llm, lora, losses, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig, StageConfig
 from tokzip_jax.masks import TABLES
-from tokzip_jax.paths import flatten
+from tokzip_jax.paths import flatten, nest
 from tokzip_jax.types import Array, Params
 
 
@@ -32,18 +32,6 @@ class TrainState:
     step: Array
     params: Params
     opt_state: Any
-
-
-def nest(flat: dict[str, Array]) -> Params:
-    """{"slash/separated/path": leaf} as a nested dict."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def partition(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params]:
@@ -83,6 +71,11 @@ def loss_terms(
     What no term needs is not run: a stage with the contrastive term alone stops behind the vision tower.
     """
     wanted = stage.loss
+    if wanted.kl > 0 and wanted.teacher == "frozen" and teacher is None and stage.lora.rank:
+        teacher, _ = lora.split(params)  # without its deltas the model is what it was at the beginning
+    elif teacher is not None:
+        teacher = lora.attach(teacher, stage.lora)
+    params = lora.attach(params, stage.lora)
     if wanted.ce + wanted.kl + wanted.teacher_ce == 0:
         text = vlm.question(cfg, batch, stage.method)
         _, summary = vlm.encode(cfg, params, batch["images"], stage.method, key, summary=True, text=text)
@@ -206,7 +199,7 @@ def train_step(
         cfg, stage, tx: model, stage, and an optimiser over the trained parameters.
         state: where the training stands.
         batch: rows, see `data.pipeline`.
-        teacher: frozen parameters for the KL term.
+        teacher: frozen parameters for the KL term; None with LoRA: the model without its deltas.
         reads, teacher_count: the method and VoCo tokens of a teacher with a budget of its own (static, int32 scalar).
         voco_count: VoCo tokens in use in this step, int32 scalar.
         key: the stage's random key; folded with the step number here.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tokzip_jax import config_io, flops, recipe, sharding, step
+from tokzip_jax import config_io, flops, lora, recipe, sharding, step
 from tokzip_jax.checkpoint import absent, finished, load_params
 from tokzip_jax.config import MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.data import pipeline, sources
@@ -82,7 +82,7 @@ class Runner:
         return round(np.mean([len(line.ids) for line in encoded]))
 
     def load(self, row: RowConfig) -> Params:
-        """The parameters that a row is about.
+        """The parameters that a row is about, with the LoRA deltas of its stage attached.
 
         Raises:
             FileNotFoundError: its stage was not trained to its end, or there is no such checkpoint.
@@ -93,11 +93,15 @@ class Runner:
             raise FileNotFoundError(
                 f"stage {row.stage!r} has no finished checkpoint in {directory}: run train.py to its end"
             )
-        abstract = flatten(recipe.shapes(self.cfg, row.method.projector))
-        # Parameters from elsewhere may know no VoCo tokens; scoring never reads the contrastive head.
-        lacking = absent(directory, abstract, recipe.UNREAD) if self.checkpoint else []
+        deltas = self.cfg.stages[row.stage].lora
+        abstract = flatten(recipe.shapes(self.cfg, row.method.projector, deltas))
+        recipe.check_deltas(directory, abstract)
+        # Parameters from elsewhere may know no VoCo tokens and no deltas; scoring never reads the contrastive head.
+        lacking = absent(directory, abstract, (*recipe.UNREAD, "lora/.*")) if self.checkpoint else []
         wanted = step.nest({path: leaf for path, leaf in abstract.items() if path not in lacking})
-        return load_params(directory, sharding.abstract_like(self.mesh, wanted))
+        params = load_params(directory, sharding.abstract_like(self.mesh, wanted))
+        # What a jitted function only passes on is not copied.
+        return jax.jit(functools.partial(lora.attach, cfg=deltas))(params) if "lora" in params else params
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """The eval rows."""
