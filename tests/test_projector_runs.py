@@ -34,7 +34,7 @@ OPTION = {
     "mqt": {"draw_budget": True},
 }
 METHODS = {name: c.MethodConfig(projector=name, **OPTION.get(name, {})) for name in PROJECTORS}
-FAMILIES = ("nested_pool", "pixel_unshuffle", "ldp", "ldpv2", "instructblip", "llamavid", "mqt", "pool_linear")
+FAMILIES = ("nested_pool", "ldp", "instructblip", "mqt")  # one with a draw, convolutions, words, and queries of its own
 KEY = jax.random.key(0)
 
 
