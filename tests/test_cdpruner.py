@@ -89,7 +89,9 @@ def test_scaled_relevance_runs_from_0_to_1_over_the_valid_patches():
 
 
 def test_equal_relevance_is_a_plain_determinantal_process():
-    result = cdpruner(FEATURES, np.full((8, 20), 0.3, np.float32), tokens=5)
+    same = np.full((8, 20), 0.3, np.float32)
+    np.testing.assert_array_equal(scale(same, np.ones((8, 20), bool), "official"), np.ones((8, 20)))
+    result = cdpruner(FEATURES, same, tokens=5)
     unit = FEATURES.astype(np.float64) / np.linalg.norm(FEATURES.astype(np.float64), axis=2, keepdims=True)
     for row in range(8):
         # Every first determinant is 1 up to rounding: which patch begins is open, what follows is not.

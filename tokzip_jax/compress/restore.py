@@ -104,7 +104,8 @@ def restore(
     similarity_BPP = ops.cosine(features_BPH, features_BPH)
     anchor_BP = anchors(similarity_BPP, free_BP, count)
     place_BA, filled_BA = places(anchor_BP, count)
-    toward_BAP = jnp.where(filled_BA[:, :, None], ops.gather(similarity_BPP, place_BA), -jnp.inf)
+    # A slot is only empty when every free patch is an anchor: then this row is read by nobody.
+    toward_BAP = ops.gather(similarity_BPP, place_BA)
     group_BP = jnp.where(anchor_BP, ops.rank(anchor_BP), jnp.argmax(toward_BAP, axis=1).astype(jnp.int32))
     group_BP = jnp.where(free_BP, group_BP, -1)
 
