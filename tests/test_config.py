@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from tokzip_jax import config_check, config_io
 from tokzip_jax.config import (
+    AutoConfig,
     DataConfig,
     EvalConfig,
     LlmConfig,
@@ -214,6 +215,13 @@ BAD = {
     "stages.voco.method.merge": ("mean", r"merge = 'mean' is unknown; choose one of 'official', 'paper'"),
     "stages.voco.method.encoder": ("visionzap", r"encoder = 'visionzap' is unknown; choose one of"),
     "stages.voco.voco_counts": ((2,), r"voco_counts holds 2; .* between 1 and stages\.voco\.method\.voco = 1"),
+    "stages.voco.voco_draw": ("dice", r"voco_draw = 'dice' is unknown; choose one of 'turn', 'random', 'row'"),
+    "stages.base.voco_draw": ("row", r"base\.voco_draw = 'row' has nothing to draw from; name numbers of VoCo tokens"),
+    "stages.voco.method.positions": ("packed", r"positions = 'packed' is unknown; choose one of 'original', 'compact'"),
+    "stages.base.method.positions": ("compact", r"base\.method\.positions = 'compact' needs .*voco_mask = 'voco'"),
+    "rows.lower.auto": (AutoConfig(threshold=0.1), r"rows\.lower\.auto has no ladder: name numbers of VoCo tokens in"),
+    "rows.lower.auto.ladder": ((1, 2), r"lower\.auto\.ladder = \(1, 2\) must rise from at least 1 to .*voco = 1"),
+    "rows.upper.auto.ladder": ((1,), r"rows\.upper\.method\.voco_mask = 'visible' lets them read the picture"),
     "rows.upper.stage": ("bass", r"rows\.upper\.stage = 'bass' is unknown; choose one of 'base', 'voco'"),
     "rows.upper.method": (MethodConfig(projector="avgpool_linear", pool_grid=3, voco_mask="visible"), r"a divisor of"),
     "stages.base.method": (
@@ -242,6 +250,33 @@ def test_counts_of_zero_need_a_visible_picture():
     config_check.validate(cfg)
     with pytest.raises(ValueError, match="voco_counts holds 0"):
         config_check.validate(change(cfg, "stages.voco.method.voco_mask", "voco"))
+
+
+def test_ladders_and_compact_positions():
+    more = change(change(CFG, "stages.voco.method.voco", 4), "rows.lower.method.voco", 4)
+    good = AutoConfig(ladder=(1, 2, 4), threshold=0.1, measure="probability", against="next")
+    config_check.validate(change(more, "rows.lower.auto", good))
+    for ladder in ((0, 4), (2, 1, 4), (1, 1, 4), (1, 2)):
+        with pytest.raises(ValueError, match=r"must rise from at least 1 to rows\.lower\.method\.voco = 4"):
+            config_check.validate(change(more, "rows.lower.auto", dataclasses.replace(good, ladder=ladder)))
+    for wrong, message in (
+        ({"threshold": -0.1}, r"rows\.lower\.auto\.threshold = -0\.1 must be >= 0"),
+        ({"measure": "cosine"}, r"rows\.lower\.auto\.measure = 'cosine' is unknown; choose one of 'kl', 'probability'"),
+        ({"against": "first"}, r"rows\.lower\.auto\.against = 'first' is unknown; choose one of 'largest', 'next'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_check.validate(change(more, "rows.lower.auto", dataclasses.replace(good, **wrong)))
+    # Seven pictures of 16 patches: 32 + 7 x 15 ids, or 32 alone where pictures take none of them.
+    many = change(change(CFG, "data.images", 7), "rows", {})
+    with pytest.raises(ValueError, match=r"max_positions = 128 is too small for stages\.base\.method"):
+        config_check.validate(many)
+    many = dataclasses.replace(many, stages={"voco": dataclasses.replace(CFG.stages["voco"], init_from="a/b")})
+    with pytest.raises(ValueError, match=r"max_positions = 128 is too small for stages\.voco\.method: .* needs 137"):
+        config_check.validate(many)
+    many = change(many, "stages.voco.method.positions", "compact")
+    config_check.validate(many)
+    with pytest.raises(ValueError, match=r"max_positions = 31 is too small for stages\.voco\.method"):
+        config_check.validate(change(many, "model.llm.max_positions", 31))
 
 
 def test_own_embeddings_limit_the_voco_tokens():

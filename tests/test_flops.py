@@ -116,6 +116,19 @@ def test_ledger_of_voco_splits_into_two_stages():
     assert plain.prefill_flops == flops.llm_flops(llm, 1 + 580 + 64)
 
 
+def test_ledger_of_questions_that_choose_is_the_mean_of_theirs():
+    four = MethodConfig(voco=4, voco_mask="voco")
+    counts = (1, 1, 2, 4)
+    each = [flops.ledger(VICUNA_7B, dataclasses.replace(four, voco=k), text_tokens=9) for k in counts]
+    ours = flops.ledger(VICUNA_7B, four, text_tokens=9, read_voco=sum(counts) / 4)
+    for name in ("read_tokens", "kv_bytes", "prompt_kv_bytes", "prefill_flops"):
+        assert getattr(ours, name) == pytest.approx(sum(getattr(one, name) for one in each) / 4, rel=1e-12)
+    # The picture is compressed into all four, whatever is read.
+    assert (ours.voco_tokens, ours.picture_flops) == (4, each[-1].picture_flops)
+    with pytest.raises(ValueError, match="read_voco is for questions that read VoCo tokens alone"):
+        flops.ledger(VICUNA_7B, PLAIN, text_tokens=9, read_voco=1.0)
+
+
 def test_ledger_follows_the_sites():
     zipped = MethodConfig(encoder="visionzip", tokens=64, contextual=10, voco_mask="visible")
     ours = flops.ledger(VICUNA_7B, zipped, text_tokens=64)

@@ -115,6 +115,7 @@ class MethodConfig:
     decoder_scale: float = 13.5  # sparsevlm_v1: keeps int(scale * rank + bias), at most decoder_keep
     decoder_bias: float = 0.0  # sparsevlm_v1
     decoder_heads: int = 14  # sparsevlm_plus: heads that are averaged (official: 14, whatever the model has)
+    positions: str = "original"  # or "compact": what text cannot see takes no position id (video; needs mask "voco")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,8 @@ class StageConfig:
     batch_size: int = 32  # rows a step, over all devices
     train: tuple[str, ...] = (".*",)  # path patterns of the parameters that train; the others are frozen
     method: MethodConfig = MethodConfig()
-    voco_counts: tuple[int, ...] = ()  # VoCo tokens inserted, taken in turn step by step; () = always method.voco
+    voco_counts: tuple[int, ...] = ()  # VoCo tokens inserted, one of these; () = always method.voco
+    voco_draw: str = "turn"  # which: "turn" (step by step), "random" (one a step) or "row" (every row its own)
     token_dropout: float = 0.0  # share of the pictures of a step that lose a random part of their visual tokens
     lora: LoraConfig = LoraConfig()  # train them with train=("lora/.*", ...)
     loss: LossConfig = LossConfig()
@@ -192,11 +194,26 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoConfig:
+    """Every question picks its own number of VoCo tokens, see `elastic.choose`.
+
+    The table shows means over the questions. What the choosing costs, one reading of the question a number, is in no
+    column; and a picture about which anything may still be asked keeps the largest number.
+    """
+
+    ladder: tuple[int, ...] = ()  # ascending, up to method.voco; () = all questions read method.voco tokens
+    threshold: float = 0.0  # the smallest number is taken whose first answer token changes by no more than this
+    measure: str = "kl"  # of the change: "kl" (nats) or "probability" (the largest difference of one)
+    against: str = "largest"  # to what: the "largest" number of the ladder, or the "next" one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowConfig:
     """One line of the results table: parameters of a stage, read by a method."""
 
     stage: str = "base"  # "" = the question-only prior, which sees no picture and needs no parameters
     method: MethodConfig = MethodConfig()
+    auto: AutoConfig = AutoConfig()
     seeds: int = 1  # random selection: how many seeds are averaged
 
 

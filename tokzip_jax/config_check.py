@@ -10,6 +10,7 @@ from tokzip_jax import (
     compress,
     decoder_site,
     distill,
+    elastic,
     layers,
     layout,
     lora,
@@ -53,6 +54,7 @@ def validate(cfg: RunConfig) -> None:
         check_method(f"rows.{name}.method", row.method, cfg.model)
         _same_projector(f"rows.{name}", row, cfg)
         _fits(f"rows.{name}.method", row.method, cfg)
+        elastic.check_auto(f"rows.{name}", row.auto, row.method)
     _eval(cfg)
 
 
@@ -116,6 +118,12 @@ def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
         decoder_site.check(method, vlm.visual_slots(model, method), model.llm)
     except ValueError as error:
         raise ValueError(f"{key}.{error}") from None
+    _one_of(f"{key}.positions", method.positions, ("original", "compact"))
+    _require(
+        method.positions == "original" or method.voco_mask == "voco",
+        f"{key}.positions = 'compact' needs {key}.voco_mask = 'voco', under which text sees VoCo tokens alone, not "
+        f"{method.voco_mask!r}",
+    )
 
 
 def _same_projector(key: str, row: RowConfig, cfg: RunConfig) -> None:
@@ -266,7 +274,13 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
             f"between {least} and {key}.method.voco = {stage.method.voco}",
         )
     distill.check(key, stage)
+    elastic.check_draw(key, stage)
     progressive.check(key, stage, cfg.model)
+    _require(
+        stage.method.positions == "original" or not distill.shares_a_pass(stage.loss, stage.progressive.site),
+        f"{key}.method.positions = 'compact' lays pictures over one another for a teacher that reads them in the "
+        "student's pass; it must be 'original'",
+    )
     for method in (stage.method, *progressive.all_methods(stage)):
         _fits(f"{key}.method", method, cfg)
 
@@ -283,7 +297,10 @@ def _fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:
         "by the one question of a row",
     )
     visual = vlm.visual_slots(cfg.model, method)
-    length = layout.slots(cfg.data.text_length, images=cfg.data.images, visual=visual, voco=method.voco)
+    # Under compact positions visual tokens take no ids, but each picture has to fit by itself.
+    seen, alone = (visual, 0) if method.positions == "original" else (1, visual + method.voco)
+    length = layout.slots(cfg.data.text_length, images=cfg.data.images, visual=seen, voco=method.voco)
+    length = max(length, alone)
     _require(
         length <= cfg.model.llm.max_positions,
         f"model.llm.max_positions = {cfg.model.llm.max_positions} is too small for {key}: data.text_length = "

@@ -30,6 +30,7 @@ PLAIN = {
     "level": 0,
     "queries": 0,
     "draw_budget": False,
+    "positions": "original",
     "decoder": "none",
     "decoder_layers": (),
     "decoder_keep": (),

@@ -30,7 +30,8 @@ class Ledger:
             (static slots, of which a rank-adaptive method may leave some empty).
         voco_tokens: VoCo tokens that follow them.
         read_tokens: tokens of the picture that a question can read, and so those that stay in the KV cache: the VoCo
-            tokens under a mask that hides vision from text, else visual and VoCo tokens.
+            tokens under a mask that hides vision from text, else visual and VoCo tokens. A mean where questions pick
+            their own number; then the two sizes in bytes and `prefill_flops` are means too.
         vit_flops: the vision tower up to the feature layer, one picture.
         projector_flops: the projector, one picture.
         picture_flops: the language model over the picture alone (prefix, visual and VoCo tokens; no head), spent once
@@ -47,13 +48,13 @@ class Ledger:
     visual_tokens: int
     layer_tokens: tuple[int, ...]
     voco_tokens: int
-    read_tokens: int
+    read_tokens: float
     vit_flops: int
     projector_flops: int
     picture_flops: int | None
-    prefill_flops: int
-    kv_bytes: int
-    prompt_kv_bytes: int
+    prefill_flops: float
+    kv_bytes: float
+    prompt_kv_bytes: float
 
     @property
     def mean_tokens(self) -> float:
@@ -128,6 +129,7 @@ def ledger(
     prefix_tokens: int = 1,
     dtype: str | None = None,
     causal: bool = True,
+    read_voco: float | None = None,
 ) -> Ledger:
     """The costs of a method on one picture and one question.
 
@@ -138,10 +140,15 @@ def ledger(
             leave the cache with the visual tokens.
         dtype: of the KV cache; None = `model.dtype`.
         causal: see the module's docstring.
+        read_voco: VoCo tokens that a question reads on the mean where each picks its own number (all costs are linear
+            in it); the picture is still compressed into `method.voco`. None = all of them.
 
     Raises:
-        ValueError: no question, a negative prefix, an unknown projector, or an impossible decoder site.
+        ValueError: no question, a negative prefix, an unknown projector, an impossible decoder site, or `read_voco` where
+            text sees vision.
     """
+    if read_voco is not None and method.voco_mask == "visible":
+        raise ValueError("read_voco is for questions that read VoCo tokens alone, not for voco_mask='visible'")
     if text_tokens < 1 or prefix_tokens < 0:
         raise ValueError(f"text_tokens={text_tokens} must be >= 1 and prefix_tokens={prefix_tokens} >= 0")
     visual = visual_slots(model, method)
@@ -151,7 +158,7 @@ def ledger(
         cached = prefix_tokens + read
         picture_flops = None
     else:
-        read = method.voco
+        read = method.voco if read_voco is None else read_voco
         past = cached = read + (prefix_tokens if method.voco_mask == "prefix_visible" else 0)
         picture_flops = llm_flops(model.llm, picture, head=0, causal=causal)
     per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)

@@ -144,6 +144,35 @@ def question(batch: dict[str, Array], length: int) -> tuple[Array, Array]:
     return jnp.where(valid, jnp.take_along_axis(ids, place, axis=1), 0), valid
 
 
+def compact_positions(stream: TokenStream) -> TokenStream:
+    """Positions as if pictures took no room: VoCo tokens and text are numbered one behind the other, for mask "voco".
+
+    Rotary attention sees differences only. So the tokens of a picture keep their distances to its VoCo tokens, which
+    alone read them, and lie on ids below those (from -1 downwards for the first picture); text and all VoCo tokens
+    stand where `voco.compact` puts them in a cache. For one picture nothing changes but the origin. For several it is
+    what a training has to use whose model will read frames out of caches with compact positions: by the original ids
+    text stands a whole picture's tokens away from every frame but the last.
+
+    What comes before the first picture of a sample keeps its distance to that one; later ones stand further off by
+    the VoCo tokens and the text between, as `video.append` has it too.
+    """
+    kind, segment, order = stream.kind, stream.segment, stream.order
+    thread, sample = stream.thread, stream.sample
+    chain = (sample[:, None, :] == sample[:, :, None]) & (
+        (thread[:, None, :] == 0) | (thread[:, None, :] == thread[:, :, None])
+    )
+    none = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(chain & (segment[:, None, :] > 0), segment[:, None, :], none), axis=-1)
+    picture = jnp.where(segment > 0, segment, first)
+    # Text: what went before it. A part of a picture: what went before that picture's VoCo tokens.
+    passed = jnp.where(
+        (kind == TEXT)[:, :, None], order[:, None, :] < order[:, :, None], segment[:, None, :] <= picture[:, :, None]
+    )
+    unseen = (kind == VISION) | (kind == PREFIX)
+    gone = jnp.sum(chain & passed & unseen[:, None, :], axis=-1, dtype=jnp.int32)
+    return dataclasses.replace(stream, position=jnp.where(kind == PAD, 0, stream.position - gone))
+
+
 def text_stream(ids: Array, *, thread: int | Array = 0) -> TokenStream:
     """The stream of plain text rows [B, T] (0 = padding), positions and order from 0: what stage two reads."""
     kind = jnp.where(ids > 0, TEXT, PAD).astype(jnp.int32)

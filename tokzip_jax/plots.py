@@ -18,7 +18,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
 
-from tokzip_jax.evals.table import RowResult
+from tokzip_jax.evals.table import RowResult, token_count
 from tokzip_jax.types import VisualTokens
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; every family has a marker of its own as well.
@@ -98,7 +98,7 @@ def retention_figure(
 
 def _family(method: str) -> str:
     """The name without its numbers: voco_1 and voco_4 are both voco."""
-    return re.sub(r"[\s_@-]*\d+", "", method) or method
+    return re.sub(r"[\s_@-]*\d+(\.\d+)?", "", method) or method
 
 
 def _draw_bounds(axes: Axes, bounds: Sequence[RowResult], key: str) -> None:
@@ -127,7 +127,7 @@ def _draw_families(axes: Axes, families: dict[str, list[RowResult]], key: str) -
         )
 
 
-def _token_axis(axes: Axes, counts: Sequence[int]) -> None:
+def _token_axis(axes: Axes, counts: Sequence[float]) -> None:
     """A logarithmic axis with ticks at the counts that occur, but for those that would touch their neighbour."""
     axes.grid(axis="y", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -136,11 +136,11 @@ def _token_axis(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     low, high = min(counts), max(counts)
     gap = max(np.log2(high / low), 1) / 9
-    ticks: list[int] = []
+    ticks: list[float] = []
     for count in sorted(set(counts)):
         if not ticks or np.log2(count / ticks[-1]) >= gap:
             ticks.append(count)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [token_count(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(low / 2**gap, high * 2**gap)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import checkpoint, distill, lora, optim, progressive, sharding, step, vlm
+from tokzip_jax import checkpoint, distill, elastic, lora, optim, progressive, sharding, step, vlm
 from tokzip_jax.config import LoraConfig, MethodConfig, ModelConfig, RunConfig, StageConfig
 from tokzip_jax.metrics import say
 from tokzip_jax.paths import flatten
@@ -37,7 +37,7 @@ class Stage:
         name, cfg: which.
         program: (method, what a teacher with a budget of its own reads or None) -> a jitted step, the same one for the
             same arguments: (state, batch, teacher, VoCo counts) -> (state, metrics, among them "learning_rate"); the
-            state is donated.
+            state is donated. The counts are read where `voco_draw` is "turn"; else they are drawn in the program.
         abstract: the state's shapes and shardings, for restoring.
         begin: makes the state of step 0.
         teacher: frozen parameters for the KL term, or None (no such term, or the model without its LoRA deltas).
@@ -204,6 +204,9 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         teacher: Params | None,
         counts: Array,
     ) -> tuple[TrainState, dict[str, Array]]:
+        if stage.voco_draw != "turn":
+            # Out of the step's number, like all that is random here: a run that was resumed draws the same.
+            counts = elastic.draw(stage, keys()[1], current.step, batch["ids"].shape[0])
         following, metrics = step.train_step(
             cfg.model,
             dataclasses.replace(stage, method=method),

@@ -139,6 +139,8 @@ def gradients(
     trained, frozen = partition(params, stage.train)
     parts = stage.optim.accumulate
     count = jnp.maximum(jnp.sum(batch["supervised"] & (batch["sample"] > 0)), 1).astype(jnp.float32)
+    # One a row, so that every row keeps its own in whichever part it comes to lie.
+    batch = {**batch, "voco_count": jnp.broadcast_to(voco_count, batch["ids"].shape[:1])}
 
     def loss_fn(trained: Params, part: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         terms = loss_terms(
@@ -148,7 +150,7 @@ def gradients(
             part,
             teacher=teacher,
             reads=reads,
-            voco_count=voco_count,
+            voco_count=part["voco_count"],
             teacher_count=teacher_count,
             key=key,
             max_targets=max_targets,
@@ -201,7 +203,7 @@ def train_step(
         batch: rows, see `data.pipeline`.
         teacher: frozen parameters for the KL term; None with LoRA: the model without its deltas.
         reads, teacher_count: the method and VoCo tokens of a teacher with a budget of its own (static, int32 scalar).
-        voco_count: VoCo tokens in use in this step, int32 scalar.
+        voco_count: VoCo tokens in use in this step, an int32 scalar, or [B] for every row its own.
         key: the stage's random key; folded with the step number here.
         max_targets: the most supervised positions of a row.
 
@@ -229,6 +231,13 @@ def train_step(
 
 
 def score_step(
+    cfg: ModelConfig, method: MethodConfig, params: Params, batch: dict[str, Array], **options: Any
+) -> Array:
+    """Which questions would be answered exactly, [B, questions] bool; arguments as in `answers`."""
+    return answers(cfg, method, params, batch, **options)[0]
+
+
+def answers(
     cfg: ModelConfig,
     method: MethodConfig,
     params: Params,
@@ -239,8 +248,8 @@ def score_step(
     key: Array | None = None,
     questions: int,
     max_targets: int,
-) -> Array:
-    """Which questions a greedy decode would answer exactly, without decoding.
+) -> tuple[Array, Array]:
+    """Which questions a greedy decode would answer exactly, without decoding, and how each answer would begin.
 
     A greedy decode writes the given answer exactly when, with that answer as input, the arg-max at each of its
     positions is the next of its tokens (its end included). So one pass scores all questions packed into a row.
@@ -252,7 +261,9 @@ def score_step(
         max_targets: the most supervised positions of a row.
 
     Returns:
-        [B, questions] bool, False where there is no such question.
+        [B, questions] bool, False where there is no such question; and [B, questions, V] the logits of every answer's
+        first token, read behind its question, which has seen nothing of the answer (without meaning where there is no
+        such question).
 
     Raises:
         ValueError: several questions a row, and a decoder site that chooses by one.
@@ -268,7 +279,9 @@ def score_step(
     index = jnp.argsort(~out.layout.supervised, axis=1, stable=True)[:, : label.shape[1]]
     thread = jnp.take_along_axis(out.layout.stream.thread, index, axis=1)
     of_question = valid[:, :, None] & (thread[:, :, None] == jnp.arange(1, questions + 1)[None, None])
-    return jnp.any(of_question, axis=1) & ~jnp.any(of_question & ~hit[:, :, None], axis=1)
+    right = jnp.any(of_question, axis=1) & ~jnp.any(of_question & ~hit[:, :, None], axis=1)
+    first = jnp.argmax(of_question, axis=1)
+    return right, jnp.take_along_axis(logits, first[:, :, None], axis=1)
 
 
 def mask_table(method: MethodConfig) -> Array:

@@ -186,6 +186,8 @@ def embed(
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
     slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
+    if method.positions == "compact":
+        slots = dataclasses.replace(slots, stream=layout.compact_positions(slots.stream))
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
     return splice(cfg, params, slots, flat), slots, visual, pooled
 

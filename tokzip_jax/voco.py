@@ -73,6 +73,7 @@ def build(
     *,
     positions: str = "original",
     voco_count: Array | int | None = None,
+    back: Array | None = None,
 ) -> VocoCache:
     """Stage one: pictures to their VoCo cache.
 
@@ -82,6 +83,8 @@ def build(
         method: with `voco` >= 1 and a mask under which text does not see vision.
         positions: "original" or "compact", see above.
         voco_count: VoCo tokens in use; None = all slots.
+        back: [B], how much further back than usual the tokens before the first picture stand: what lies between them
+            and a later frame of a video.
 
     Raises:
         ValueError: a mask that would have to keep the vision tokens, no VoCo slots, a projector that reads the
@@ -107,6 +110,9 @@ def build(
     count = method.voco if voco_count is None else voco_count
     x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=jax.random.key(method.seed))
     stream = _without_text(slots.stream)
+    if back is not None:
+        ahead = (stream.kind == PREFIX) & (stream.segment == 0)
+        stream = dataclasses.replace(stream, position=stream.position - jnp.where(ahead, back[:, None], 0))
     _, kv = llm.run_layers(cfg, params["llm"]["layers"], x, stream, jnp.asarray(TABLES[method.voco_mask]), keep=True)
     prefix = batch["ids"].shape[1] if method.voco_mask == "prefix_visible" else 0
     keep = method.voco * batch["images"].shape[1] + prefix

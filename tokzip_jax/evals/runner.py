@@ -5,15 +5,16 @@ import functools
 import json
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tokzip_jax import config_io, flops, lora, recipe, sharding, step
+from tokzip_jax import config_io, elastic, flops, lora, recipe, sharding, step
 from tokzip_jax.checkpoint import absent, finished, load_params
-from tokzip_jax.config import MethodConfig, ModelConfig, RowConfig, RunConfig
+from tokzip_jax.config import AutoConfig, MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.data import pipeline, sources
 from tokzip_jax.evals import scoring, table
 from tokzip_jax.metrics import say
@@ -21,28 +22,27 @@ from tokzip_jax.paths import flatten
 from tokzip_jax.types import Array, Params
 from tokzip_jax.workdir import Workdir, write_atomically
 
+FIXED = AutoConfig()  # all questions read the same number of VoCo tokens
 MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised")
 
 
 @functools.lru_cache(maxsize=64)
 def _scorer(
-    cfg: ModelConfig, method: MethodConfig, questions: int, max_targets: int, mesh: Mesh
-) -> Callable[..., Array]:
-    def score(params: Params, batch: dict[str, Array], visible: Array, count: Array, key: Array) -> Array:
+    cfg: ModelConfig,
+    method: MethodConfig,
+    questions: int,
+    max_targets: int,
+    mesh: Mesh,
+    auto: AutoConfig = FIXED,
+) -> Callable[..., Any]:
+    def score(params: Params, batch: dict[str, Array], visible: Array, count: Array, key: Array) -> Any:
         inputs = {name: batch[name] for name in MODEL_INPUTS}
         # A picture's key is its own: what is drawn for it depends neither on its batch nor on its place there.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["example"])
-        return step.score_step(
-            cfg,
-            method,
-            params,
-            inputs,
-            table=visible,
-            voco_count=count,
-            key=keys,
-            questions=questions,
-            max_targets=max_targets,
-        )
+        options = {"table": visible, "key": keys, "questions": questions, "max_targets": max_targets}
+        if auto.ladder:
+            return elastic.score_step(cfg, method, params, inputs, auto, **options)
+        return step.score_step(cfg, method, params, inputs, voco_count=count, **options)
 
     # Replicated results can be read on every host.
     return jax.jit(score, out_shardings=NamedSharding(mesh, P()))
@@ -115,26 +115,35 @@ class Runner:
             limit=cfg.eval.limit,
         )
 
-    def score(self, params: Params, method: MethodConfig, seed: int) -> scoring.Score:
-        """Accuracy of one method with one set of parameters on the whole split."""
+    def score(
+        self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED
+    ) -> tuple[scoring.Score, float | None]:
+        """Accuracy of one method with one set of parameters on the whole split.
+
+        With a ladder in `auto` every question picks its number of VoCo tokens, and their mean is returned too.
+        """
         slots = max([method.voco, *(s.method.voco for s in self.cfg.stages.values() if "voco" in params)])
         # What can be an argument is one, so that rows which differ in mask, VoCo count or seed share a program.
         static = dataclasses.replace(method, voco=slots, voco_mask="visible", seed=0)
         visible, count = step.mask_table(method), np.int32(method.voco)
+        static_auto = dataclasses.replace(auto, threshold=0.0)  # the choice is made out here
         key = jax.random.key(seed)
-        tally = scoring.Tally()
+        tally, counts = scoring.Tally(), []
         for batch in self.batches():
             # Every host holds the same rows; each device takes its part.
             inputs = {name: batch[name] for name in (*MODEL_INPUTS, "example")}
             inputs = sharding.place(self.mesh, inputs, "data")
             max_targets = batch["supervised"].shape[1]
-            run = _scorer(self.cfg.model, static, batch["question"].shape[1], max_targets, self.mesh)
-            right = np.asarray(run(params, inputs, visible, count, key))
+            questions = batch["question"].shape[1]
+            run = _scorer(self.cfg.model, static, questions, max_targets, self.mesh, static_auto)
+            found = jax.device_get(run(params, inputs, visible, count, key))
+            right, chosen = elastic.pick(*found, auto) if auto.ladder else (found, None)
             for row, example in enumerate(batch["example"]):
                 for thread, question in enumerate(batch["question"][row]):
                     if example >= 0 and question >= 0:
                         tally.add(self.examples[example]["types"][question], bool(right[row, thread]))
-        return tally.score()
+                        counts += [] if chosen is None else [int(chosen[row, thread])]
+        return tally.score(), float(np.mean(counts)) if counts else None
 
     def prior(self) -> scoring.Score:
         """The question-only prior of the training split."""
@@ -147,9 +156,11 @@ class Runner:
         if not row.stage:
             return _result(name, None, self.prior())
         params = self.load(row)
-        costs = flops.ledger(self.cfg.model, row.method, text_tokens=self.question_tokens)
-        seeds = range(row.method.seed, row.method.seed + row.seeds)
-        results = [_result(name, costs, self.score(params, row.method, seed)) for seed in seeds]
+        results = []
+        for seed in range(row.method.seed, row.method.seed + row.seeds):
+            score, read = self.score(params, row.method, seed, row.auto)
+            costs = flops.ledger(self.cfg.model, row.method, text_tokens=self.question_tokens, read_voco=read)
+            results.append(dataclasses.replace(_result(name, costs, score), note=_note(row.auto)))
         return table.mean_over_seeds(results)
 
     def cached(self, name: str, *, again: bool = False) -> table.RowResult:
@@ -195,6 +206,14 @@ class Runner:
         if jax.process_index() == 0:
             table.write(rows, self.workdir.eval)
         return rows
+
+
+def _note(auto: AutoConfig) -> str:
+    """What a row whose questions choose says of itself: the choosing reads each question once a rung."""
+    if not auto.ladder:
+        return ""
+    rungs = ", ".join(map(str, auto.ladder))
+    return f"means; of {rungs} tokens the fewest within {auto.threshold:g} ({auto.measure}) of the {auto.against}"
 
 
 def _result(name: str, costs: flops.Ledger | None, score: scoring.Score) -> table.RowResult:

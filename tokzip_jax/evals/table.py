@@ -30,7 +30,8 @@ class RowResult:
 
     Attributes:
         method: the row's name.
-        visual_tokens: tokens of a picture that the question can read (`flops.Ledger.read_tokens`).
+        visual_tokens: tokens of a picture that the question can read (`flops.Ledger.read_tokens`); a mean where every
+            question picks its own number.
         accuracy, accuracy_by_type, accuracy_not_yes_no: fractions of 1, see `scoring.Score`.
         kv_bytes: bytes that one picture keeps in the KV cache while questions about it are answered.
         prefill_flops: FLOPs of the language model from a question to the first token of its answer.
@@ -41,12 +42,12 @@ class RowResult:
     """
 
     method: str
-    visual_tokens: int | None
+    visual_tokens: float | None
     accuracy: float
     accuracy_by_type: dict[str, float]
     accuracy_not_yes_no: float | None
-    kv_bytes: int | None = None
-    prefill_flops: int | None = None
+    kv_bytes: float | None = None
+    prefill_flops: float | None = None
     percent_of_full: float | None = None
     retention: float | None = None
     note: str = ""
@@ -76,7 +77,7 @@ def with_bounds(rows: Sequence[RowResult], *, upper: str, lower: str) -> list[Ro
 
 
 def mean_over_seeds(rows: Sequence[RowResult]) -> RowResult:
-    """One row out of the rows of several seeds: mean accuracies, `spread` = half their range.
+    """One row out of the rows of several seeds: mean accuracies and costs, `spread` = half the accuracies' range.
 
     Raises:
         ValueError: no row at all, or rows that do not tell of the same method and question types.
@@ -89,8 +90,12 @@ def mean_over_seeds(rows: Sequence[RowResult]) -> RowResult:
     scores = [row.accuracy for row in rows]
     types = {name: [row.accuracy_by_type[name] for row in rows] for name in first.accuracy_by_type}
     without = [row.accuracy_not_yes_no for row in rows if row.accuracy_not_yes_no is not None]
+    costs = {name: [getattr(row, name) for row in rows] for name in ("visual_tokens", "kv_bytes", "prefill_flops")}
+    # Equal ones stay as they are: a whole number remains one.
+    means = {name: math.fsum(values) / len(rows) for name, values in costs.items() if len(set(values)) > 1}
     return dataclasses.replace(
         first,
+        **means,
         accuracy=math.fsum(scores) / len(rows),
         accuracy_by_type={name: math.fsum(values) / len(rows) for name, values in types.items()},
         accuracy_not_yes_no=math.fsum(without) / len(without) if without else None,
@@ -157,6 +162,13 @@ def with_unit(value: float | None, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
+def token_count(value: float | None) -> str:
+    """A number of tokens: whole ones as they are, a mean to two places, a dash for None."""
+    if value is None:
+        return DASH
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
 def _percent(value: float | None) -> str:
     return DASH if value is None else f"{100 * value:.1f}"
 
@@ -173,7 +185,7 @@ def _types(rows: Sequence[RowResult]) -> list[str]:
 def _columns(rows: Sequence[RowResult]) -> dict[str, Callable[[RowResult], str]]:
     columns: dict[str, Callable[[RowResult], str]] = {
         "method": lambda row: row.method,
-        "tokens": lambda row: DASH if row.visual_tokens is None else str(row.visual_tokens),
+        "tokens": lambda row: token_count(row.visual_tokens),
         "accuracy %": _accuracy,
     }
     for name in _types(rows):
