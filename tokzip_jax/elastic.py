@@ -43,8 +43,8 @@ def check_draw(key: str, stage: StageConfig) -> None:
     _one_of(f"{key}.voco_draw", stage.voco_draw, DRAWS)
     if stage.voco_draw != "turn" and stage.progressive.site:
         raise ValueError(
-            f"{key}.voco_draw = {stage.voco_draw!r} goes with no schedule of {key}.progressive, which sets the numbers; "
-            "it must be 'turn'"
+            f"{key}.voco_draw = {stage.voco_draw!r} goes with no schedule of {key}.progressive, which sets the "
+            "numbers; it must be 'turn'"
         )
     if stage.voco_draw != "turn" and not stage.voco_counts:
         raise ValueError(
@@ -212,14 +212,17 @@ def ask(
     def of_heads(leaf: Array) -> Array:
         return jnp.take(leaf, picked, axis=leaf.ndim - 4)  # [L, B, K, S, H], or a tuple of layers without L
 
-    kept = dataclasses.replace(
-        prompt.cache,
-        k=jax.tree.map(of_heads, prompt.cache.k),
-        v=jax.tree.map(of_heads, prompt.cache.v),
-        stream=jax.tree.map(of_rows, prompt.cache.stream),
-    )
-    last = jax.tree.map(of_rows, prompt.last)
-    return dataclasses.replace(prompt, cache=kept, logits_BV=prompt.logits_BV[picked], last=last), ladder[rung]
+    def of_stage(stage: generate.Stage) -> generate.Stage:
+        cache = dataclasses.replace(
+            stage.cache,
+            k=jax.tree.map(of_heads, stage.cache.k),
+            v=jax.tree.map(of_heads, stage.cache.v),
+            stream=jax.tree.map(of_rows, stage.cache.stream),
+        )
+        return dataclasses.replace(stage, cache=cache, last=jax.tree.map(of_rows, stage.last))
+
+    stages = tuple(map(of_stage, prompt.stages))
+    return dataclasses.replace(prompt, stages=stages, logits_BV=prompt.logits_BV[picked]), ladder[rung]
 
 
 def score_step(

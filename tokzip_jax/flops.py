@@ -144,8 +144,8 @@ def ledger(
             in it); the picture is still compressed into `method.voco`. None = all of them.
 
     Raises:
-        ValueError: no question, a negative prefix, an unknown projector, an impossible decoder site, or `read_voco` where
-            text sees vision.
+        ValueError: no question, a negative prefix, an unknown projector, an impossible decoder site, or `read_voco`
+            where text sees vision.
     """
     if read_voco is not None and method.voco_mask == "visible":
         raise ValueError("read_voco is for questions that read VoCo tokens alone, not for voco_mask='visible'")
