@@ -64,7 +64,7 @@ BAD = [
     ("stages.voco.train", ("llm/.*", "vocos/.*"), ["stages.voco.train: train pattern 'vocos/.*' matches no parameter"]),
     ("stages.voco.init_from", "no/such/place", ["stages.voco.init_from: no checkpoint at", "no/such/place"]),
     ("rows.lower.method.projector", "linear", ["rows.lower.method.projector = 'linear'", "'mlp2x_gelu'"]),
-    ("data.name", "easy_vqq", ["data.name = 'easy_vqq' is unknown; choose one of easy_vqa"]),
+    ("data.name", "easy_vqq", ["data.name = 'easy_vqq' is unknown; choose one of clips, easy_vqa, llava_json"]),
     ("data.on_error", "raise", ["data.on_error", "skipped.jsonl"]),
 ]
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     last = metrics.read_metrics(tmp_path)[-1]  # written although it was not its turn
     values = [float(last[name]) for name in ("loss", "grad_norm")]
     assert not all(map(math.isfinite, values)) and f"step {last['step']}:" in str(error.value)
-    with Checkpointer(Workdir(tmp_path).checkpoints("base"), every=1) as saved:
+    with Checkpointer(Workdir(tmp_path).checkpoints("base")) as saved:
         assert saved.latest == last["step"] - 1
     assert f"the last good checkpoint is step {saved.latest}" in str(error.value)
     assert not (tmp_path / "eval").exists()

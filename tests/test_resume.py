@@ -49,7 +49,7 @@ def table_of(text):
 def final_state(cfg, root):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     abstract = recipe.prepare(cfg, "base", mesh, Workdir(root)).abstract
-    with Checkpointer(Workdir(root).checkpoints("base"), every=1) as saved:
+    with Checkpointer(Workdir(root).checkpoints("base")) as saved:
         return saved.restore(abstract)
 
 

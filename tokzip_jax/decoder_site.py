@@ -16,6 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tokzip_jax import layout, llm
@@ -130,7 +131,7 @@ def run(
     # A cut that keeps everything is none.
     steps = [step for step in check(method, visual, cfg.llm) if step.keep < step.before or step.merged]
     thread = slots.stream.thread
-    if steps and not isinstance(thread, jax.core.Tracer) and thread.max() > 1:
+    if steps and not isinstance(thread, jax.core.Tracer) and np.asarray(thread).max() > 1:
         raise ValueError(
             f"a row holds several questions (batch['thread'] > 1), but decoder = {method.decoder!r} chooses by one "
             "question: pack one a row (data.questions = 1)"

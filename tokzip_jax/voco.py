@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -105,7 +106,7 @@ def build(
     if method.decoder != "none":
         raise ValueError(f"decoder = {method.decoder!r} chooses by the question, which stage one has not: use 'none'")
     sample = batch["sample"]
-    if not isinstance(sample, jax.core.Tracer) and sample.max() > 1:
+    if not isinstance(sample, jax.core.Tracer) and np.asarray(sample).max() > 1:
         raise ValueError("a row holds several samples (batch['sample'] > 1): two-stage inference reads one a row")
     count = method.voco if voco_count is None else voco_count
     x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=jax.random.key(method.seed))
