@@ -30,7 +30,7 @@ def params(seed=0):
     def draw(path, leaf):
         if path.endswith("scale"):
             return rng.uniform(0.5, 1.5, leaf.shape)
-        sharp = 3.0 if "attn/q" in path or "attn/k" in path else 1.0
+        sharp = 2.0 if "attn/q" in path or "attn/k" in path else 1.0
         # All matrices of this model have inputs of about its width.
         return sharp * rng.normal(size=leaf.shape) * (MODEL.llm.width**-0.5 if path.endswith("/w") else 0.5)
 
