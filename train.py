@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from tokzip_jax import entry, environment, recipe, report, sharding
-from tokzip_jax.checkpoint import Checkpointer, finished
+from tokzip_jax.checkpoint import Checkpointer
 from tokzip_jax.config import RunConfig
-from tokzip_jax.config_check import stage_order
 from tokzip_jax.config_io import from_config_dict
 from tokzip_jax.data import pipeline, sources
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.metrics import MetricWriter, Pending, Progress, say
+from tokzip_jax.study import Study
 from tokzip_jax.workdir import Workdir
 
 
@@ -39,7 +39,7 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
         workdir.load_tokenizer(cfg.data),
         image_size=cfg.model.vit.image_size,
         batch_size=stage.cfg.batch_size // shares,
-        seed=cfg.seed,
+        seed=cfg.seed + stage.cfg.seed,
         process_index=share,
         process_count=shares,
     )
@@ -60,11 +60,11 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
             pending = Pending(arrived)
             for number in range(done, steps):
                 batch = sharding.shard_batch(mesh, next(data))
-                run_step, counts = stage.at(number)
-                counts = sharding.place(mesh, counts)
+                run_step, given = stage.at(number)
+                given = sharding.place(mesh, given)
                 # All that a step reads is in place by now; a transfer by accident would make the host wait.
                 with jax.transfer_guard("disallow"):
-                    state, metrics = run_step(state, batch, stage.teacher, counts)
+                    state, metrics = run_step(state, batch, stage.teacher, given)
                 pending.push(number + 1, metrics)
                 if (number + 1) % cfg.checkpoint_every == 0 or number + 1 == steps:
                     pending.flush()  # nothing is saved before its loss was seen to be finite
@@ -89,9 +89,8 @@ def run(cfg: RunConfig, workdir: Workdir) -> None:
     workdir.append_json("environment.json", environment.describe(cfg.seed))
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     with jax.set_mesh(mesh), MetricWriter(workdir.root) as writer:
-        for name in stage_order(cfg):
-            if finished(workdir.checkpoints(name)) is None:
-                train_stage(cfg, name, mesh, workdir, writer)
+        for cfg_of_stage, name in Study(cfg, workdir, mesh).trainings():
+            train_stage(cfg_of_stage, name, mesh, workdir, writer)
         if cfg.rows:
             say(report.make(Runner.create(cfg, workdir, mesh)))
 

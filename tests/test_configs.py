@@ -91,9 +91,9 @@ def test_full_size_step_is_traced_on_eight_devices(name, argument, shape, tmp_pa
             (found,) = (value for key, value in moments.items() if key.endswith(f"/{moment}/{path}"))
             assert found.sharding == leaf.sharding and found.shape == leaf.shape, path
     batch = abstract_batch(cfg, stage, mesh)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), ready.given(0))
     with jax.set_mesh(mesh):
-        state, metrics = jax.eval_shape(ready.run_step, ready.abstract, batch, None, count)
+        state, metrics = jax.eval_shape(ready.run_step, ready.abstract, batch, None, given)
     assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, ready.abstract)
     assert {"loss", "ce", "grad_norm", "learning_rate"} <= set(metrics)
     visual = vlm.visual_slots(cfg.model, stage.method)

@@ -71,9 +71,10 @@ def two_steps(run, shape, folder):
         assert stage.teacher is None
         state = stage.begin()
         before, metrics = jax.device_get(state), []
-        for _ in range(2):
+        for number in range(2):
             placed = sharding.shard_batch(mesh, train_batch())
-            state, numbers = stage.run_step(state, placed, None, sharding.place(mesh, np.int32(2)))
+            given = sharding.place(mesh, {**stage.given(number), "counts": np.int32(2)})
+            state, numbers = stage.run_step(state, placed, None, given)
             metrics.append(jax.device_get(numbers))
     return before, jax.device_get(state), metrics, state
 

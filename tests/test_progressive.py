@@ -135,19 +135,20 @@ def test_a_step_takes_the_program_of_its_budget(tmp_path):
     """Every VoCo count is one program; of an encoder's budgets each pair is one, the same one when it comes again."""
     mesh = sharding.make_mesh(MeshConfig())
     voco = recipe.prepare(run_of(VOCO), "a", mesh, Workdir(tmp_path))
-    programs, counts = zip(*(voco.at(number) for number in range(10)))
+    programs, given = zip(*(voco.at(number) for number in range(10)))
+    counts = [told["counts"] for told in given]
     assert len(set(map(id, programs))) == 1 and len({tuple(count) for count in counts}) > 3
     assert counts[9].dtype == np.int32 and tuple(counts[9]) == voco.budget(9)
     encoder = recipe.prepare(run_of(ENCODER), "a", mesh, Workdir(tmp_path))
     pairs = {}
     for number in range(40):
-        program, count = encoder.at(number % 10)
+        program, given = encoder.at(number % 10)
         assert pairs.setdefault(encoder.budget(number % 10), program) is program
-        assert tuple(count) == (0, 0)
+        assert tuple(given["counts"]) == (0, 0)
     assert 1 < len(pairs) == len(set(map(id, pairs.values()))) <= 10
     plain = dataclasses.replace(VOCO, progressive=ProgressiveConfig(), voco_counts=(1, 4))
     ready = recipe.prepare(run_of(plain), "a", mesh, Workdir(tmp_path))
-    assert ready.at(3)[0] is ready.run_step and ready.at(3)[1] == 4
+    assert ready.at(3)[0] is ready.run_step and ready.at(3)[1]["counts"] == 4
 
 
 ROW = [[1, IMAGE_ID, VOCO_ID], [5, 6], ([7, 8, 9], {"supervised": True})]

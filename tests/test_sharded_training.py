@@ -132,7 +132,7 @@ def test_first_values_moments_and_a_checkpoint_on_another_mesh(tmp_path):
         for path, leaf in flatten(state.params).items():
             np.testing.assert_allclose(leaf, plain[path], rtol=1e-6, atol=1e-7, err_msg=path)
         placed = sharding.shard_batch(mesh, batch())
-        state, _ = stage.run_step(state, placed, None, sharding.place(mesh, np.int32(2)))
+        state, _ = stage.run_step(state, placed, None, sharding.place(mesh, {**stage.given(0), "counts": np.int32(2)}))
     assert int(state.step) == 1
     weights, seen = flatten(state.params), 0
     for path, leaf in flatten(state.opt_state).items():

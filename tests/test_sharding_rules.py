@@ -43,7 +43,7 @@ def init_params(key):
 
 def init_state(key):
     params = init_params(key)
-    tx, _ = optim.make_optimizer(OptimConfig(), 2, params, ("llm/.*", "voco/.*"))
+    tx = optim.make_optimizer(OptimConfig(), 0.0, params, ("llm/.*", "voco/.*"))
     return {"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)}
 
 

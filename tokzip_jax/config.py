@@ -180,6 +180,7 @@ class StageConfig:
     """One training of a recipe."""
 
     init_from: str = ""  # "" = fresh; the name of an earlier stage, or a path of converted parameters
+    seed: int = 0  # added to the run's: fresh parameters, order of the data, what is random in a step
     steps: int = 1
     batch_size: int = 32  # rows a step, over all devices
     train: tuple[str, ...] = (".*",)  # path patterns of the parameters that train; the others are frozen
@@ -256,11 +257,24 @@ class DataConfig:
     text_length: int = 128  # tokens of a row before its images are put in
     images: int = 1  # the most images of a row
     questions: int = 0  # the most questions packed into a row; 0 = as many as fit
+    describe: str = ""  # a question that training asks first about every picture, its answer the caption; "" = none
     targets: int = 0  # the most supervised positions of a row; 0 = text_length
     caption_length: int = 16
     workers: int = 0  # Grain worker processes
     on_error: str = "skip"  # a picture that cannot be decoded: "skip" (listed in skipped.jsonl) or "raise"
     scenes: ScenesConfig = ScenesConfig()  # read by `scenes` and `clips`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Stages that are trained again and again, see `study`."""
+
+    stages: tuple[str, ...] = ()  # which; () = a plain run
+    learning_rates: tuple[float, ...] = ()  # each is tried with the first seed; () = the stage's own
+    seeds: tuple[int, ...] = (0, 1, 2)  # added to the stage's
+    equal_time: str = ""  # the stage whose training time all others get for a column of their own; "" = no such column
+    split: str = "validation"  # that chooses the learning rate
+    limit: int = 0  # pictures of it; 0 = all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,6 +297,7 @@ class RunConfig:
     stages: dict[str, StageConfig] = dataclasses.field(default_factory=dict)
     rows: dict[str, RowConfig] = dataclasses.field(default_factory=dict)
     eval: EvalConfig = EvalConfig()
+    study: StudyConfig = StudyConfig()
     log_every: int = 10
     checkpoint_every: int = 100
     compile_cache: str = "~/.cache/tokzip_jax/compiled"

@@ -56,6 +56,7 @@ def validate(cfg: RunConfig) -> None:
         _fits(f"rows.{name}.method", row.method, cfg)
         elastic.check_auto(f"rows.{name}", row.auto, row.method)
     _eval(cfg)
+    _study(cfg)
 
 
 def stage_order(cfg: RunConfig) -> list[str]:
@@ -317,3 +318,29 @@ def _eval(cfg: RunConfig) -> None:
             _one_of(f"eval.{name}", getattr(cfg.eval, name), sorted(cfg.rows))
         for name in cfg.eval.order:
             _one_of("eval.order entry", name, sorted(cfg.rows))
+
+
+def _study(cfg: RunConfig) -> None:
+    study = cfg.study
+    for name in study.stages:
+        _one_of("study.stages entry", name, sorted(cfg.stages))
+        _require(
+            not any(stage.init_from == name for stage in cfg.stages.values()),
+            f"study.stages holds {name!r}, of which there will be several trainings, but a stage begins from it; "
+            "take it out of study.stages, or begin from another stage",
+        )
+        _require(
+            any(row.stage == name and not row.auto.ladder for row in cfg.rows.values()),
+            f"study.stages holds {name!r}, which no row with a fixed number of tokens reads: nothing can choose "
+            "its learning rate by; add such a row",
+        )
+    for key in ("stages", "learning_rates", "seeds"):
+        values = getattr(study, key)
+        _require(len(set(values)) == len(values), f"study.{key} = {values} holds an entry twice")
+    _require(bool(study.seeds), "study.seeds is empty; give at least one")
+    for seed in study.seeds:
+        _at_least("study.seeds entry", seed, 0)
+    for rate in study.learning_rates:
+        _require(0 < rate < math.inf, f"study.learning_rates entry = {rate} must be above 0 and finite")
+    _one_of("study.equal_time", study.equal_time, ["", *study.stages])
+    _at_least("study.limit", study.limit, 0)

@@ -66,8 +66,8 @@ def trained(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def make_optimizer(
-    cfg: OptimConfig, steps: int, params: Any, train_patterns: Sequence[str]
-) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    cfg: OptimConfig, rate: Any, params: Any, train_patterns: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
     """The optimiser of one stage.
 
     Only trained parameters count in the clipped norm and get Adam moments; the updates of frozen ones are zero. The
@@ -75,26 +75,23 @@ def make_optimizer(
 
     Args:
         cfg: the stage's `optim`; `clip_norm` 0 = no clipping.
-        steps: optimiser steps of the stage, the end of the schedule.
+        rate: learning rate of this step, a number or a traced scalar: nothing of the state depends on it, so that one
+            program serves every schedule.
         params: all parameters or their `ShapeDtypeStruct`s, for their paths.
         train_patterns: the stage's `train`.
-
-    Returns:
-        The optax transformation and the learning-rate schedule.
 
     Raises:
         ValueError: a train pattern without a parameter, or a parameter that `DECAY` does not cover.
     """
-    schedule = make_schedule(cfg, steps)
     trained(params, train_patterns)
     _decayed(params)  # every path is covered, also the frozen ones
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    adamw = optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decayed)
+    adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decayed)
 
     def labels(tree: Any) -> Any:
         return map_with_path(lambda path, _: "train" if _matches(train_patterns, path) else "freeze", tree)
 
-    return optax.partition({"train": optax.chain(clip, adamw), "freeze": optax.set_to_zero()}, labels), schedule
+    return optax.partition({"train": optax.chain(clip, adamw), "freeze": optax.set_to_zero()}, labels)
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

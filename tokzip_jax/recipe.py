@@ -36,8 +36,12 @@ class Stage:
     Attributes:
         name, cfg: which.
         program: (method, what a teacher with a budget of its own reads or None) -> a jitted step, the same one for the
-            same arguments: (state, batch, teacher, VoCo counts) -> (state, metrics, among them "learning_rate"); the
-            state is donated. The counts are read where `voco_draw` is "turn"; else they are drawn in the program.
+            same arguments: (state, batch, teacher, given) -> (state, metrics, among them "learning_rate"); the state is
+            donated.
+        given: (number of a step, from 0) -> what the program is told of it: "rate", the learning rate; "key", the
+            stage's key as raw data; "counts", the VoCo tokens in use, read where `voco_draw` is "turn" (else they are
+            drawn in the program). All of it is data, so that stages which differ in learning rate, length or seed
+            alone are one program to the compilation cache.
         abstract: the state's shapes and shardings, for restoring.
         begin: makes the state of step 0.
         teacher: frozen parameters for the KL term, or None (no such term, or the model without its LoRA deltas).
@@ -47,6 +51,7 @@ class Stage:
     name: str
     cfg: StageConfig
     program: Callable[..., RunStep]
+    given: Callable[[int], dict[str, np.ndarray]]
     abstract: TrainState
     begin: Callable[[], TrainState]
     teacher: Params | None
@@ -57,14 +62,15 @@ class Stage:
         """The step of a stage without a progressive schedule."""
         return self.program(self.cfg.method, None)
 
-    def at(self, number: int) -> tuple[RunStep, np.ndarray]:
-        """The program of step `number` (from 0), and the VoCo counts to give it: the student's, or with a schedule
-        [student, teacher]."""
+    def at(self, number: int) -> tuple[RunStep, dict[str, np.ndarray]]:
+        """The program of step `number` (from 0), and what to give it; with a progressive schedule the VoCo counts are
+        those of [student, teacher]."""
         if self.budget is None:
-            return self.run_step, np.int32(voco_count(self.cfg, number))
+            return self.run_step, self.given(number)
         found = self.budget(number)
         counts = found if self.cfg.progressive.site == "voco" else [voco_count(self.cfg, number)] * 2
-        return self.program(*progressive.methods(self.cfg, found)), np.asarray(counts, np.int32)
+        program = self.program(*progressive.methods(self.cfg, found))
+        return program, {**self.given(number), "counts": np.asarray(counts, np.int32)}
 
 
 def initial(cfg: ModelConfig, projector: str, deltas: LoraConfig, key: Array) -> Params:
@@ -109,7 +115,7 @@ def check(cfg: RunConfig) -> None:
         except ValueError as error:
             raise ValueError(f"stages.{name}.{error}") from None
         try:
-            optim.make_optimizer(stage.optim, stage.steps, abstract, stage.train)
+            optim.make_optimizer(stage.optim, 0.0, abstract, stage.train)
         except ValueError as error:
             raise ValueError(f"stages.{name}.train: {error}") from None
         trained, _ = step.partition(abstract, stage.train)
@@ -180,13 +186,18 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
 
     def keys() -> Array:
         """The stage's keys for its first parameters and for its steps, whatever the order in which stages run."""
-        return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), zlib.crc32(name.encode())))
+        return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed + stage.seed), zlib.crc32(name.encode())))
 
     params = shapes(cfg, stage.method.projector, stage.lora)
-    tx, schedule = optim.make_optimizer(stage.optim, stage.steps, params, stage.train)
+    rates = np.asarray(jax.vmap(optim.make_schedule(stage.optim, stage.steps))(jnp.arange(stage.steps)), np.float32)
+    key = np.asarray(jax.random.key_data(keys()[1]))
+
+    def given(number: int) -> dict[str, np.ndarray]:
+        return {"rate": rates[number], "key": key, "counts": np.int32(voco_count(stage, number))}
 
     def state(params: Params) -> TrainState:
         trained, _ = step.partition(params, stage.train)
+        tx = optim.make_optimizer(stage.optim, 0.0, params, stage.train)
         return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trained))
 
     abstract = sharding.abstract_like(mesh, jax.eval_shape(state, params))
@@ -202,29 +213,29 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         current: TrainState,
         batch: dict[str, Array],
         teacher: Params | None,
-        counts: Array,
+        given: dict[str, Array],
     ) -> tuple[TrainState, dict[str, Array]]:
+        key, counts = jax.random.wrap_key_data(given["key"]), given["counts"]
         if stage.voco_draw != "turn":
             # Out of the step's number, like all that is random here: a run that was resumed draws the same.
-            counts = elastic.draw(stage, keys()[1], current.step, batch["ids"].shape[0])
+            counts = elastic.draw(stage, key, current.step, batch["ids"].shape[0])
         following, metrics = step.train_step(
             cfg.model,
             dataclasses.replace(stage, method=method),
-            tx,
+            optim.make_optimizer(stage.optim, given["rate"], params, stage.train),
             current,
             batch,
             teacher=teacher,
             reads=reads,
             voco_count=counts if reads is None else counts[0],
             teacher_count=0 if reads is None else counts[1],
-            key=keys()[1],  # made in the program, which so holds no array of one device
+            key=key,
             max_targets=cfg.data.targets or cfg.data.text_length,
         )
         if reads is not None:
             read = counts if stage.progressive.site == "voco" else (method.tokens, reads.tokens)
             metrics |= {"student_tokens": jnp.float32(read[0]), "teacher_tokens": jnp.float32(read[1])}
-        # Computed here, so that the loop on the host touches no device for it.
-        return following, {**metrics, "learning_rate": schedule(current.step)}
+        return following, {**metrics, "learning_rate": given["rate"]}
 
     @functools.cache
     def program(method: MethodConfig, reads: MethodConfig | None) -> RunStep:
@@ -233,8 +244,8 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
 
     budget = None
     if stage.progressive.site:
-        budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed, name=name)
-    return Stage(name, stage, program, abstract, begin, _teacher(cfg, stage, mesh, workdir), budget)
+        budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed + stage.seed, name=name)
+    return Stage(name, stage, program, given, abstract, begin, _teacher(cfg, stage, mesh, workdir), budget)
 
 
 def voco_count(stage: StageConfig, number: int) -> int:

@@ -1,5 +1,6 @@
 """What a run shows: the table of its rows and the two figures."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import MODEL_INPUTS, Runner
 from tokzip_jax.projectors import KEEPS_PLACES
+from tokzip_jax.study import Study
 from tokzip_jax.types import Array, Params, VisualTokens
 
 SELECTING = ("visionzip", "random", "uniform")  # encoder sites whose choice of patches can be drawn
@@ -32,11 +34,15 @@ def make(runner: Runner, names: Sequence[str] = (), *, again: bool = False) -> s
         again: also measure the rows whose result the workdir holds.
     """
     cfg, workdir = runner.cfg, runner.workdir
-    rows = runner.run(names, again=again)
+    studied = Study(cfg, workdir, runner.mesh) if cfg.study.stages and not runner.checkpoint else None
+    rows = runner.run(names, again=again, row=studied.row if studied else None)
     caption = CAPTION.format(upper=cfg.eval.upper, lower=cfg.eval.lower, tokens=runner.question_tokens)
     text = f"{table.text_table(rows)}\n\n{caption}"
     if names:
         return text
+    if studied:
+        studied.write_record()
+        runner = dataclasses.replace(runner, cfg=studied.first())
     draw(runner, rows)
     return f"{text}\nwritten to {workdir.eval} and {workdir.figures}"
 

@@ -1,5 +1,6 @@
 """From a data set to batches: Grain for training (shuffled, sharded, resumable), a plain generator for evaluation."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
@@ -90,7 +91,7 @@ def eval_batches(
         ValueError: there are no rows, or what `sources.load` and the rows raise; before the first batch.
     """
     source = sources.load(cfg, split)
-    rows = source.rows(tokenizer, cfg)
+    rows = source.rows(tokenizer, dataclasses.replace(cfg, describe=""))
     if limit:
         rows = rows.limited(limit)
     if not len(rows):

@@ -136,12 +136,14 @@ def question_rows(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, cfg: Da
     Args:
         texts: "image_id", "questions", "answers" and "caption" of every example, and "frames" where it is not 1.
         tokenizer: anything with BOS and EOS at ids 1 and 2.
-        cfg: reads `text_length`, `images`, `questions`, `caption_length`.
+        cfg: reads `text_length`, `images`, `questions`, `describe`, `caption_length`.
 
     Raises:
         ValueError: a question that does not fit into a row of its own, a caption longer than `caption_length`, or more
             frames than `images`.
     """
+    if cfg.describe:
+        texts = [_described(text, cfg.describe) for text in texts]
     questions = iter(_encode(tokenizer, [question for text in texts for question in text["questions"]]))
     answers = iter(_encode(tokenizer, [answer for text in texts for answer in text["answers"]]))
     writer = RowWriter(cfg.text_length)
@@ -170,6 +172,12 @@ def question_rows(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, cfg: Da
             target = [False] * len(question) + [True] * (len(answer) + 1)
             writer.add([*question, *answer, EOS_ID], target, thread)
     return writer.rows(_captions(texts, tokenizer, cfg.caption_length))
+
+
+def _described(text: dict[str, Any], question: str) -> dict[str, Any]:
+    """The example with its caption as the answer of a first question."""
+    asked, answers = [question, *text["questions"]], [text["caption"], *text["answers"]]
+    return {**text, "questions": asked, "answers": answers}
 
 
 def _captions(texts: Sequence[dict[str, Any]], tokenizer: Tokenizer, length: int) -> np.ndarray:

@@ -183,26 +183,29 @@ class Runner:
             write_atomically(path, json.dumps({"origin": origin, "result": dataclasses.asdict(result)}, indent=2))
         return result
 
-    def run(self, names: Sequence[str] = (), *, again: bool = False) -> list[table.RowResult]:
+    def run(
+        self, names: Sequence[str] = (), *, again: bool = False, row: Callable[..., table.RowResult] | None = None
+    ) -> list[table.RowResult]:
         """Rows in the table's order, with their ratios to the bounds.
 
         Args:
             names: which ones; () = all, which also writes the table to the workdir. The two bounds are measured too.
             again: also measure the rows whose result the workdir holds.
+            row: row(name, again=...) in the place of `cached`.
 
         Raises:
             ValueError: a name that is no row.
         """
-        cfg = self.cfg
+        cfg, row = self.cfg, row or self.cached
         order = [*cfg.eval.order, *(name for name in cfg.rows if name not in cfg.eval.order)]
         for name in names:
             if name not in order:
                 raise ValueError(f"there is no row {name!r}; choose of {', '.join(map(repr, order))}")
         bounds = {cfg.eval.upper, cfg.eval.lower}
-        rows = [self.cached(name, again=again) for name in order if not names or name in bounds.union(names)]
+        rows = [row(name, again=again) for name in order if not names or name in bounds.union(names)]
         rows = table.with_bounds(rows, upper=cfg.eval.upper, lower=cfg.eval.lower)
         if names:
-            return [row for row in rows if row.method in names]
+            return [found for found in rows if found.method in names]
         if jax.process_index() == 0:
             table.write(rows, self.workdir.eval)
         return rows

@@ -22,6 +22,16 @@ SUMMARY_KEYS = (
     "kv_bytes",
     "prefill_flops",
 )
+# What a study adds.
+STUDY_KEYS = (
+    "note",
+    "seeds",
+    "spread",
+    "learning_rate",
+    "train_seconds",
+    "accuracy_equal_time",
+    "spread_equal_time",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,8 @@ class RowResult:
         note: a remark, shown in a last column.
         seeds: over how many seeds the accuracies are means.
         spread: half the range of `accuracy` over those seeds.
+        learning_rate, train_seconds: of a row that a study trained: the rate that was chosen, and what its steps take.
+        accuracy_equal_time, spread_equal_time: as above, of trainings that take as long as one another.
     """
 
     method: str
@@ -53,6 +65,10 @@ class RowResult:
     note: str = ""
     seeds: int = 1
     spread: float | None = None
+    learning_rate: float | None = None
+    train_seconds: float | None = None
+    accuracy_equal_time: float | None = None
+    spread_equal_time: float | None = None
 
 
 def with_bounds(rows: Sequence[RowResult], *, upper: str, lower: str) -> list[RowResult]:
@@ -129,8 +145,12 @@ def markdown_table(rows: Sequence[RowResult]) -> str:
 
 
 def summary(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
-    """What `eval/summary.json` holds: per row the keys of `SUMMARY_KEYS`, None where the table shows a dash."""
-    return [{key: getattr(row, key) for key in SUMMARY_KEYS} for row in rows]
+    """What `eval/summary.json` holds: per row the keys of `SUMMARY_KEYS`, None where the table shows a dash.
+
+    A table with a row that a study trained also has those of `STUDY_KEYS`.
+    """
+    keys = SUMMARY_KEYS + STUDY_KEYS * any(row.train_seconds is not None for row in rows)
+    return [{key: getattr(row, key) for key in keys} for row in rows]
 
 
 def write(rows: Sequence[RowResult], directory: str | os.PathLike[str]) -> None:
@@ -173,9 +193,8 @@ def _percent(value: float | None) -> str:
     return DASH if value is None else f"{100 * value:.1f}"
 
 
-def _accuracy(row: RowResult) -> str:
-    spread = "" if row.spread is None else f" ±{100 * row.spread:.1f}"
-    return _percent(row.accuracy) + spread
+def _with_spread(value: float | None, spread: float | None) -> str:
+    return _percent(value) + ("" if spread is None else f" ±{100 * spread:.1f}")
 
 
 def _types(rows: Sequence[RowResult]) -> list[str]:
@@ -186,7 +205,7 @@ def _columns(rows: Sequence[RowResult]) -> dict[str, Callable[[RowResult], str]]
     columns: dict[str, Callable[[RowResult], str]] = {
         "method": lambda row: row.method,
         "tokens": lambda row: token_count(row.visual_tokens),
-        "accuracy %": _accuracy,
+        "accuracy %": lambda row: _with_spread(row.accuracy, row.spread),
     }
     for name in _types(rows):
         columns[name] = lambda row, name=name: _percent(row.accuracy_by_type.get(name))
@@ -197,6 +216,13 @@ def _columns(rows: Sequence[RowResult]) -> dict[str, Callable[[RowResult], str]]
         "KV cache": lambda row: with_unit(row.kv_bytes, "B"),
         "prefill": lambda row: with_unit(row.prefill_flops, "FLOP"),
     }
+    if any(row.train_seconds is not None for row in rows):
+        columns |= {
+            "lr": lambda row: DASH if row.learning_rate is None else f"{row.learning_rate:g}",
+            "train s": lambda row: DASH if row.train_seconds is None else f"{row.train_seconds:.0f}",
+        }
+    if any(row.accuracy_equal_time is not None for row in rows):
+        columns["equal time %"] = lambda row: _with_spread(row.accuracy_equal_time, row.spread_equal_time)
     if any(row.note for row in rows):
         columns["note"] = lambda row: row.note
     return columns

@@ -1,0 +1,199 @@
+"""A study: which trainings it makes, what it chooses, what its table says, and that it goes on where it was."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import jax
+import pytest
+import small_run
+from small_run import quick_compiles
+
+from tokzip_jax import config_check, recipe, sharding
+from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, ScenesConfig, StudyConfig
+from tokzip_jax.metrics import read_metrics
+from tokzip_jax.study import Study, Variant, with_variant
+from tokzip_jax.workdir import Workdir
+
+__all__ = ["quick_compiles"]
+
+RATES, SEEDS = (1e-3, 3e-3), (0, 1)
+STUDY = StudyConfig(stages=("voco", "pooled"), learning_rates=RATES, seeds=SEEDS, equal_time="voco", limit=4)
+NAMES = ("question-only prior", "lower", "VoCo 1", "average pooling 1", "upper")
+train = small_run.load_file(small_run.ROOT / "train.py")
+evaluate = small_run.load_file(small_run.ROOT / "eval.py")
+
+
+def config(data_dir, **study):
+    """The tiny recipe as a study on a few drawn scenes."""
+    cfg = small_run.tiny(data_dir)
+    data = DataConfig(
+        name="scenes",
+        data_dir=data_dir,
+        vocab_size=320,
+        text_length=160,
+        caption_length=48,
+        questions=2,
+        describe="what is there?",
+        scenes=ScenesConfig(difficulty="easy", train=16, validation=8, test=8, questions=4),
+    )
+    return dataclasses.replace(
+        cfg,
+        data=data,
+        rows={name: cfg.rows[name] for name in NAMES},
+        eval=dataclasses.replace(cfg.eval, order=NAMES, limit=6, pictures=0),
+        study=dataclasses.replace(STUDY, **study),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(config, workdir) of a study that was run to its end; the times of its steps are given."""
+    folder = tmp_path_factory.mktemp("study")
+    cfg, workdir = config(str(folder / "tfds")), Workdir(folder / "run")
+    workdir.eval.mkdir(parents=True)
+    (workdir.eval / "step_times.json").write_text(json.dumps({"voco": 0.5, "pooled": 0.25}))
+    train.run(cfg, workdir)
+    return cfg, workdir
+
+
+def trained(workdir):
+    """Stage -> the steps that were logged."""
+    lines = itertools.groupby(read_metrics(workdir.root), lambda line: line["stage"])
+    return {stage: [line["step"] for line in part] for stage, part in lines}
+
+
+def test_variants_are_the_stage_but_for_rate_seed_and_length(tmp_path):
+    cfg = config(str(tmp_path))
+    variant = Variant("voco", 1e-3, 2)
+    assert variant.name == "voco-lr0.001-seed2"
+    assert dataclasses.replace(variant, steps=7).name == "voco-lr0.001-seed2-steps7"
+    stage = cfg.stages["voco"]
+    found = dataclasses.replace(variant, steps=7).config(stage)
+    assert (found.optim.learning_rate, found.seed, found.steps) == (1e-3, 2, 7)
+    back = dataclasses.replace(found, seed=0, steps=stage.steps, optim=stage.optim)
+    assert back == stage
+    long = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, warmup_steps=4))
+    assert dataclasses.replace(variant, steps=2).config(long).optim.warmup_steps == 2
+    more = with_variant(cfg, variant, "validation", 3)
+    assert more.rows["VoCo 1 voco-lr0.001-seed2 validation"].stage == variant.name
+    assert (more.eval.split, more.eval.limit) == ("validation", 3) and set(cfg.rows) < set(more.rows)
+    config_check.validate(more)
+
+
+def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
+    """So that a study compiles each of its stages once: the lowered texts are the same."""
+    cfg = config(str(tmp_path))
+    mesh = sharding.make_mesh(MeshConfig())
+    shapes = {"images": ((8, 1, 64, 64, 3), "uint8"), "captions": ((8, 48), "int32")}
+    shapes |= {name: ((8, 160), "int32") for name in ("ids", "thread", "sample")} | {"supervised": ((8, 160), "bool")}
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    texts = []
+    for variant in (Variant("pooled", 1e-3, 0), Variant("pooled", 2e-3, 0, 9), Variant("pooled", 1e-3, 1)):
+        stage = recipe.prepare(with_variant(cfg, variant), variant.name, mesh, Workdir(tmp_path))
+        given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stage.given(0))
+        with jax.set_mesh(mesh):
+            texts.append(stage.run_step.lower(stage.abstract, batch, None, given).as_text())
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_every_training_is_there_and_no_other(done):
+    cfg, workdir = done
+    record = json.loads((workdir.eval / "study.json").read_text())
+    chosen = {stage: Study(cfg, workdir, sharding.make_mesh(cfg.mesh)).rate(stage) for stage in STUDY.stages}
+    wanted = {("base", 6)}
+    for stage in STUDY.stages:
+        wanted |= {(Variant(stage, rate, 0).name, 4) for rate in RATES}
+        wanted |= {(Variant(stage, chosen[stage], seed).name, 4) for seed in SEEDS}
+    # Half the time a step: twice the steps.
+    wanted |= {(Variant("pooled", chosen["pooled"], seed, 8).name, 8) for seed in SEEDS}
+    assert {(name, lines[-1]) for name, lines in trained(workdir).items()} == wanted
+    assert len(record["trainings"]) == len(wanted) - 1
+    assert record["seconds_per_step"] == {"voco": 0.5, "pooled": 0.25}
+    for stage in STUDY.stages:
+        tried = {t["rate"]: t["validation"] for t in record["trainings"] if t["stage"] == stage and "validation" in t}
+        assert set(tried) == set(RATES) and tried[chosen[stage]] == max(tried.values())
+
+
+def test_the_table_is_the_mean_of_the_trainings(done):
+    _, workdir = done
+    record = json.loads((workdir.eval / "study.json").read_text())["trainings"]
+    summary = {row["method"]: row for row in json.loads((workdir.eval / "summary.json").read_text())}
+    assert list(summary) == list(NAMES)
+    for name, stage, seconds in (("VoCo 1", "voco", 2.0), ("average pooling 1", "pooled", 1.0)):
+        tested = [t for t in record if t["stage"] == stage and "test" in t]
+        scores = [t["test"][name] for t in tested if t["steps"] == 4]
+        row = summary[name]
+        assert len(scores) == row["seeds"] == 2 and row["train_seconds"] == seconds
+        assert row["accuracy"] == pytest.approx(sum(scores) / 2) and row["learning_rate"] == tested[0]["rate"]
+        assert row["spread"] == pytest.approx(abs(scores[0] - scores[1]) / 2)
+        equal = scores if stage == "voco" else [t["test"][name] for t in tested if t["steps"] == 8]
+        assert row["accuracy_equal_time"] == pytest.approx(math.fsum(equal) / 2)
+    assert summary["upper"]["learning_rate"] is None and summary["upper"]["train_seconds"] is None
+    table = (workdir.eval / "table.txt").read_text()
+    assert "equal time %" in table and "train s" in table
+
+
+def test_a_finished_study_trains_nothing_and_says_the_same(done, monkeypatch, capsys):
+    cfg, workdir = done
+    before = {path: path.read_bytes() for path in workdir.eval.rglob("*.json")}
+    monkeypatch.setattr(train, "train_stage", None)
+    train.run(cfg, workdir)
+    table = (workdir.eval / "table.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
+    assert table in evaluate.run(workdir)
+    one = evaluate.run(workdir, rows=("VoCo 1",))
+    assert "VoCo 1" in one and "average pooling 1" not in one
+
+
+def test_a_training_that_is_missing_is_made_again(done):
+    cfg, workdir = done
+    study = Study(cfg, workdir, sharding.make_mesh(cfg.mesh))
+    assert list(study.trainings()) == []
+    gone = study.repeated("pooled")[1]
+    marker = next(path for path in (workdir.root / "checkpoints" / gone.name).iterdir() if path.is_file())
+    text = marker.read_text()
+    marker.unlink()
+    assert [name for _, name in study.trainings()] == [gone.name]
+    marker.write_text(text)
+
+
+def test_step_times_are_measured_once(done, tmp_path):
+    """In a workdir that shares the study's checkpoints, but not its times."""
+    cfg, workdir = done
+    (tmp_path / "checkpoints").symlink_to(workdir.root / "checkpoints")
+    (tmp_path / "tokenizer.json").symlink_to(workdir.tokenizer)
+    mesh = sharding.make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        study = Study(cfg, Workdir(tmp_path), mesh)
+        found = study.step_times()
+    assert set(found) == set(STUDY.stages) and all(seconds > 0 for seconds in found.values())
+    assert study.step_times() == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stages": ("voco", "pool")}, "study.stages entry = 'pool' is unknown; choose one of 'base'"),
+        ({"stages": ("base",)}, "study.stages holds 'base', of which there will be several trainings"),
+        ({"stages": ("voco", "voco")}, "study.stages = ('voco', 'voco') holds an entry twice"),
+        ({"seeds": ()}, "study.seeds is empty"),
+        ({"seeds": (0, -1)}, "study.seeds entry = -1 must be >= 0"),
+        ({"learning_rates": (1e-3, 0.0)}, "study.learning_rates entry = 0.0 must be above 0"),
+        ({"equal_time": "base"}, "study.equal_time = 'base' is unknown; choose one of '', 'voco', 'pooled'"),
+        ({"limit": -1}, "study.limit = -1 must be >= 0"),
+    ],
+)
+def test_studies_that_cannot_be(changes, words, tmp_path):
+    with pytest.raises(ValueError) as error:
+        config_check.validate(config(str(tmp_path), **changes))
+    assert words in str(error.value)
+
+
+def test_a_stage_needs_a_row_to_be_judged_by(tmp_path):
+    cfg = config(str(tmp_path))
+    auto = dataclasses.replace(cfg.rows["VoCo 1"], auto=AutoConfig(ladder=(1,)))
+    with pytest.raises(ValueError, match=r"study\.stages holds 'voco', which no row with a fixed number"):
+        config_check.validate(dataclasses.replace(cfg, rows={**cfg.rows, "VoCo 1": auto}))

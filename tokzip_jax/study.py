@@ -1,0 +1,294 @@
+"""A study: stages trained at several learning rates, seeds and lengths, so that a table compares methods and not luck.
+
+The stages that `StudyConfig.stages` names are each trained at every learning rate with the first seed; the one whose
+rows answer the validation split best is kept, and trained with the other seeds. With `equal_time` every stage is also
+trained for as many steps as take the time of that stage. All start from the same checkpoint, which is trained once.
+
+Every training is a stage of its own with a checkpoint of its own, and every measured row is kept in the workdir, so a
+study that was killed goes on where it was.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tokzip_jax import recipe, sharding
+from tokzip_jax.checkpoint import finished
+from tokzip_jax.config import RowConfig, RunConfig, StageConfig
+from tokzip_jax.config_check import stage_order
+from tokzip_jax.data import pipeline
+from tokzip_jax.evals import table
+from tokzip_jax.evals.runner import Runner
+from tokzip_jax.metrics import say
+from tokzip_jax.workdir import Workdir, write_atomically
+
+TIMES = "step_times.json"
+RECORD = "study.json"
+ROUNDS = 6  # of the timing, stage after stage in each
+STEPS = 4  # timed at a time
+WARM = 2  # steps before the first timed one of a program
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One training of a studied stage.
+
+    Attributes:
+        stage: its name in the config.
+        rate: learning rate.
+        seed: added to the run's.
+        steps: how many, where that differs from the stage's own (equal time); 0 = the stage's own.
+    """
+
+    stage: str
+    rate: float
+    seed: int
+    steps: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the training and its checkpoints are called."""
+        return f"{self.stage}-lr{self.rate:g}-seed{self.seed}" + (f"-steps{self.steps}" if self.steps else "")
+
+    def config(self, stage: StageConfig) -> StageConfig:
+        """The stage as it is trained here; a warm-up that is longer than the training ends with it."""
+        steps = self.steps or stage.steps
+        optim = dataclasses.replace(
+            stage.optim, learning_rate=self.rate, warmup_steps=min(stage.optim.warmup_steps, steps)
+        )
+        return dataclasses.replace(stage, steps=steps, seed=stage.seed + self.seed, optim=optim)
+
+
+def rates(cfg: RunConfig, stage: str) -> tuple[float, ...]:
+    """The learning rates that a stage is tried at."""
+    return cfg.study.learning_rates or (cfg.stages[stage].optim.learning_rate,)
+
+
+def with_variant(cfg: RunConfig, variant: Variant, split: str = "", limit: int = 0) -> RunConfig:
+    """The config with a stage for a variant, and the rows of its stage read from it.
+
+    Args:
+        cfg: of the study.
+        variant: what is trained.
+        split, limit: what the rows are measured on; "" = as `eval` says.
+    """
+    rows = {
+        row_name(name, variant, split): dataclasses.replace(row, stage=variant.name)
+        for name, row in cfg.rows.items()
+        if row.stage == variant.stage
+    }
+    measured = dataclasses.replace(cfg.eval, split=split, limit=limit) if split else cfg.eval
+    return dataclasses.replace(
+        cfg,
+        stages={**cfg.stages, variant.name: variant.config(cfg.stages[variant.stage])},
+        rows={**cfg.rows, **rows},
+        eval=measured,
+    )
+
+
+def row_name(name: str, variant: Variant, split: str = "") -> str:
+    """What the row `name` of a variant is called among the measured ones."""
+    return f"{name} {variant.name}{f' {split}' if split else ''}"
+
+
+@dataclasses.dataclass
+class Study:
+    """A study in a workdir.
+
+    Attributes:
+        cfg, workdir, mesh: of the run.
+        readers: the runner of each split; made when first asked for.
+    """
+
+    cfg: RunConfig
+    workdir: Workdir
+    mesh: Mesh
+    readers: dict[str, Runner] = dataclasses.field(default_factory=dict)
+
+    def trainings(self) -> Iterator[tuple[RunConfig, str]]:
+        """What has to be trained, in order: (config, its stage). Train each one before asking for the next, which may
+        depend on it; what is finished already is not in it.
+
+        Yields:
+            The study's config with the stage in it, and the name of the stage.
+        """
+        studied = self.cfg.study.stages
+        for name in stage_order(self.cfg):
+            if name not in studied:
+                yield from self._unfinished(self.cfg, name)
+        for name in studied:
+            yield from self._all(self.searched(name))
+        for name in studied:
+            yield from self._all(self.repeated(name))
+        if self.cfg.study.equal_time:
+            for name in studied:
+                yield from self._all(self.timed(name))
+
+    def _all(self, variants: list[Variant]) -> Iterator[tuple[RunConfig, str]]:
+        for variant in variants:
+            yield from self._unfinished(with_variant(self.cfg, variant), variant.name)
+
+    def _unfinished(self, cfg: RunConfig, name: str) -> Iterator[tuple[RunConfig, str]]:
+        if finished(self.workdir.checkpoints(name)) is None:
+            yield cfg, name
+
+    def searched(self, stage: str) -> list[Variant]:
+        """The trainings that a stage's learning rate is chosen from."""
+        return [Variant(stage, rate, self.cfg.study.seeds[0]) for rate in rates(self.cfg, stage)]
+
+    def repeated(self, stage: str) -> list[Variant]:
+        """The trainings with every seed at the chosen learning rate, the first seed's among them."""
+        return [Variant(stage, self.rate(stage), seed) for seed in self.cfg.study.seeds]
+
+    def timed(self, stage: str) -> list[Variant]:
+        """The trainings that take as long as the one of `study.equal_time`, which itself needs no others."""
+        reference, times = self.cfg.study.equal_time, self.step_times()
+        if stage == reference:
+            return self.repeated(stage)
+        steps = max(1, round(self.cfg.stages[reference].steps * times[reference] / times[stage]))
+        return [dataclasses.replace(variant, steps=steps) for variant in self.repeated(stage)]
+
+    def rate(self, stage: str) -> float:
+        """The learning rate of the most accurate training on the validation split; the first one of equals."""
+        tried = self.searched(stage)
+        if len(tried) == 1:
+            return tried[0].rate
+        return max(tried, key=self.validated).rate
+
+    def validated(self, variant: Variant) -> float:
+        """Mean accuracy of a variant's rows on the validation split.
+
+        Rows that choose their number of tokens follow from the others, and are left out.
+        """
+        study = self.cfg.study
+        names = [name for name, row in self._rows_of(variant.stage) if not row.auto.ladder]
+        scores = [self.measured(name, variant, study.split, study.limit).accuracy for name in names]
+        return math.fsum(scores) / len(scores)
+
+    def measured(
+        self, name: str, variant: Variant, split: str = "", limit: int = 0, *, again: bool = False
+    ) -> table.RowResult:
+        """A row of a variant, measured once; `again` measures it anyway."""
+        cfg = with_variant(self.cfg, variant, split, limit)
+        if cfg.eval.split not in self.readers:
+            self.readers[cfg.eval.split] = Runner.create(cfg, self.workdir, self.mesh)
+        reader = dataclasses.replace(self.readers[cfg.eval.split], cfg=cfg)
+        return dataclasses.replace(reader.cached(row_name(name, variant, split), again=again), method=name)
+
+    def _rows_of(self, stage: str) -> list[tuple[str, RowConfig]]:
+        return [(name, row) for name, row in self.cfg.rows.items() if row.stage == stage]
+
+    def row(self, name: str, *, again: bool = False) -> table.RowResult:
+        """A row of the table; of a studied stage the mean over the seeds, with what `StudyConfig` adds to it."""
+        cfg, stage = self.cfg, self.cfg.rows[name].stage
+        if stage not in cfg.study.stages:
+            reader = self.readers.setdefault(cfg.eval.split, Runner.create(cfg, self.workdir, self.mesh))
+            return dataclasses.replace(reader, cfg=cfg).cached(name, again=again)
+        seconds = self.step_times()[stage] * cfg.stages[stage].steps
+        more = {"learning_rate": self.rate(stage), "train_seconds": seconds}
+        if cfg.study.equal_time:
+            equal = self._mean(name, self.timed(stage), again)
+            more |= {"accuracy_equal_time": equal.accuracy, "spread_equal_time": equal.spread}
+        return dataclasses.replace(self._mean(name, self.repeated(stage), again), **more)
+
+    def _mean(self, name: str, variants: list[Variant], again: bool) -> table.RowResult:
+        return table.mean_over_seeds([self.measured(name, variant, again=again) for variant in variants])
+
+    def first(self) -> RunConfig:
+        """The config with the rows of studied stages read from the first seed's training: for figures."""
+        cfg = self.cfg
+        for stage in cfg.study.stages:
+            variant = self.repeated(stage)[0]
+            stages = {**cfg.stages, variant.name: variant.config(cfg.stages[stage])}
+            moved = {name: dataclasses.replace(row, stage=variant.name) for name, row in self._rows_of(stage)}
+            cfg = dataclasses.replace(cfg, stages=stages, rows={**cfg.rows, **moved})
+        return cfg
+
+    def record(self) -> dict[str, Any]:
+        """What `study.json` holds: the seconds of a step, and every training with its settings and accuracies."""
+        out = []
+        for stage in self.cfg.study.stages:
+            searched, repeated = self.searched(stage), self.repeated(stage)
+            timed = self.timed(stage) if self.cfg.study.equal_time else []
+            for variant in dict.fromkeys([*searched, *repeated, *timed]):
+                entry = {**dataclasses.asdict(variant), "steps": variant.steps or self.cfg.stages[stage].steps}
+                if variant in searched and len(searched) > 1:
+                    entry["validation"] = self.validated(variant)
+                if variant in repeated or variant in timed:
+                    entry["test"] = {name: self.measured(name, variant).accuracy for name, _ in self._rows_of(stage)}
+                out.append(entry)
+        return {"seconds_per_step": self.step_times(), "trainings": out}
+
+    def write_record(self) -> None:
+        """`eval/study.json`; every process takes part, process 0 writes."""
+        text = json.dumps(self.record(), indent=2) + "\n"
+        if jax.process_index() == 0:
+            write_atomically(self.workdir.eval / RECORD, text)
+
+    def step_times(self) -> dict[str, float]:
+        """Seconds of a step of every studied stage, measured once in turns, so that what else the machine does hits
+        all alike; kept in the workdir. The median over `ROUNDS` rounds; compilation is not in it."""
+        path = self.workdir.eval / TIMES
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        say(f"timing a step of {len(self.cfg.study.stages)} stages")
+        runs = [_Timed(self, name) for name in self.cfg.study.stages]
+        for run in runs:
+            run.warm_up()
+        seconds = [[run.steps(turn) for run in runs] for turn in range(ROUNDS)]
+        times = {run.name: statistics.median(column) for run, column in zip(runs, zip(*seconds))}
+        if jax.process_index() == 0:
+            write_atomically(path, json.dumps(times, indent=2) + "\n")
+        return times
+
+
+class _Timed:
+    """A stage that takes a few steps whenever it is asked to; what it learns is thrown away."""
+
+    def __init__(self, study: Study, name: str) -> None:
+        cfg, mesh = study.cfg, study.mesh
+        self.name, self._mesh = name, mesh
+        self._stage = recipe.prepare(cfg, name, mesh, study.workdir)
+        share, shares = sharding.data_share(mesh)
+        data = pipeline.train_iterator(
+            cfg.data,
+            study.workdir.load_tokenizer(cfg.data),
+            image_size=cfg.model.vit.image_size,
+            batch_size=self._stage.cfg.batch_size // shares,
+            seed=cfg.seed + self._stage.cfg.seed,
+            process_index=share,
+            process_count=shares,
+        )
+        # One batch will do: its values change nothing in what a step costs.
+        self._batch = sharding.shard_batch(mesh, next(data))
+        self._state = self._stage.begin()
+
+    def _number(self, turn: int) -> int:
+        """A step of each round's share of the stage: under a schedule a step's cost depends on its number."""
+        return self._stage.cfg.steps * turn // ROUNDS
+
+    def _run(self, number: int) -> None:
+        run_step, given = self._stage.at(number)
+        self._state, _ = run_step(self._state, self._batch, self._stage.teacher, sharding.place(self._mesh, given))
+
+    def warm_up(self) -> None:
+        """Compile every program that will be timed."""
+        for turn in range(ROUNDS):
+            for _ in range(WARM if turn == 0 else 1):
+                self._run(self._number(turn))
+        jax.block_until_ready(self._state)
+
+    def steps(self, turn: int) -> float:
+        """Seconds of a step, the mean of `STEPS` ones."""
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            self._run(self._number(turn))
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - begin) / STEPS
