@@ -107,7 +107,7 @@ def test_strings_from_the_command_line_are_parsed():
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"sed": 1}, ["unknown config key sed;", "did you mean seed?", "Valid keys there: seed, platform"]),
+        ({"sed": 1}, ["unknown config key sed;", "did you mean seed or study?", "Valid keys there: seed, platform"]),
         (
             {"stages": {"a": {"optim": {"learning_rte": 1.0}}}},
             ["stages.a.optim.learning_rte", "did you mean stages.a.optim.learning_rate?", "clip_norm"],

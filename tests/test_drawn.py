@@ -88,7 +88,7 @@ def test_other_processes_draw_the_same():
 def test_every_setting_has_a_folder_of_its_own(tmp_path):
     changed = {
         "difficulty": "hard", "size": 65, "seed": 1, "train": 39, "validation": 4, "test": 9, "questions": 7,
-        "frames": 7, "frame_order": "middle",
+        "captions": "partial", "frames": 7, "frame_order": "middle",
     }  # fmt: skip
     assert changed.keys() == {field.name for field in dataclasses.fields(ScenesConfig)}
     names = {key: dataclasses.replace(SMALL, **{key: value}) for key, value in changed.items()}

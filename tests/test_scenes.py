@@ -266,3 +266,17 @@ def test_bigger_means_more_area(difficulty):
     assert max(areas) < 1.25**2 * min(areas)
     sizes = shapes.LEVELS[difficulty].sizes
     assert all(0.97 * large > 1.25 * 1.03 * small for small, large in zip(sizes, sizes[1:]))
+
+
+def test_partial_captions_leave_out_the_colors_of_every_second_picture(many):
+    """And change nothing else: not the picture, not its questions."""
+    for index in (0, 1, 2, 3):
+        found, whole = scenes.example(ScenesConfig(captions="partial"), "train", index), many[index]
+        assert {key for key in found if not np.array_equal(found[key], whole[key])} <= {"caption"}
+        named = [thing["shape"] for thing in json.loads(whole["facts"])]
+        words = whole["caption"].split()
+        assert sorted(words[1::2]) == sorted(named)
+        if index % 2:
+            assert found["caption"] == whole["caption"]
+        else:
+            assert found["caption"] == " ".join(sorted(named, key=shapes.SHAPES.index))

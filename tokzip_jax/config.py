@@ -242,6 +242,7 @@ class ScenesConfig:
     validation: int = 1000
     test: int = 2000
     questions: int = 8  # the most questions about one of them
+    captions: str = "full"  # or "partial": those of every second picture leave out the colours (`scenes` only)
     frames: int = 6  # of a clip
     frame_order: str = "true"  # what is read of a clip: "true", "shuffled" or "middle" (that frame alone); no new files
 

@@ -218,6 +218,7 @@ def _scenes(data: DataConfig) -> None:
     scenes, frames = data.scenes, data.scenes.frames
     _one_of("data.scenes.difficulty", scenes.difficulty, list(shapes.LEVELS))
     _one_of("data.scenes.frame_order", scenes.frame_order, ("true", "shuffled", "middle"))
+    _one_of("data.scenes.captions", scenes.captions, ("full", "partial"))
     _within("data.scenes.size", scenes.size, 32, 1024)  # below, shapes cannot be told apart
     _within("data.scenes.frames", frames, 3, 32)
     _at_least("data.scenes.seed", scenes.seed, 0)

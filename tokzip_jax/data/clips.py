@@ -36,7 +36,7 @@ class Clips(drawn.Drawn):
     The frames of a clip are stored as one picture, one below the other.
     """
 
-    READ_LATER = ("frame_order",)
+    READ_LATER = ("frame_order", "captions")
     DESCRIPTION = "Drawn videos of shapes that come, move and go, with questions about them, a caption and the facts."
 
     def example(self, split: str, index: int) -> dict[str, Any]:

@@ -217,10 +217,15 @@ def _corners(thing: Thing, side: int) -> list[tuple[float, float]]:
     return list(map(tuple, points.tolist()))
 
 
-def caption(things: Sequence[Thing]) -> str:
-    """What is there as "red circle blue star": two words a thing, in the order of `COLORS`, then of `SHAPES`."""
-    colors = list(COLORS)
-    ordered = sorted(things, key=lambda thing: (colors.index(thing.color), SHAPES.index(thing.shape)))
+def caption(things: Sequence[Thing], *, colors: bool = True) -> str:
+    """What is there as "red circle blue star": two words a thing, in the order of `COLORS`, then of `SHAPES`.
+
+    Without colours "circle star", in the order of `SHAPES`.
+    """
+    if not colors:
+        return " ".join(sorted((thing.shape for thing in things), key=SHAPES.index))
+    order = list(COLORS)
+    ordered = sorted(things, key=lambda thing: (order.index(thing.color), SHAPES.index(thing.shape)))
     return " ".join(phrase(thing) for thing in ordered)
 
 

@@ -1,0 +1,154 @@
+"""The study: one token for a picture, or a few. Every way to train VoCo tokens beside pooling, on drawn scenes.
+
+    python train.py --config=configs/scenes.py --workdir=runs/scenes
+
+A vision tower learns to tell captions apart (stage "clip"), a language model to answer from it ("base"). All other
+stages start from that checkpoint, see the same data for as many steps and train the same language model: each at three
+learning rates, of which the validation split chooses one, then with three seeds, then for as long as the cheapest VoCo
+training takes. Killed, the same command goes on where it was.
+"""
+
+import dataclasses
+
+from tokzip_jax import config as c
+from tokzip_jax.config_io import to_config_dict
+
+STEPS = 600
+LADDER = (1, 2, 4, 8)
+LANGUAGE_MODEL = ("projector/.*", "llm/.*", "voco/.*")
+BUDGETS = (4, 16)  # of the rows that select
+
+
+def get_config():
+    """The config as an editable ConfigDict."""
+    return to_config_dict(run_config())
+
+
+def run_config() -> c.RunConfig:
+    """The config as dataclasses."""
+    trained = studied()
+    table = rows()
+    return c.RunConfig(
+        model=c.ModelConfig(
+            vit=c.VitConfig(image_size=64, patch_size=8, width=96, layers=4, heads=3, mlp_dim=288, window=2),
+            llm=c.LlmConfig(
+                vocab_size=512, width=96, layers=3, heads=3, kv_heads=3, head_dim=32, mlp_dim=256, max_positions=512
+            ),
+            voco_embeddings=8,
+            contrast_dim=64,
+        ),
+        data=c.DataConfig(
+            name="scenes",
+            vocab_size=512,
+            text_length=104,
+            targets=24,
+            caption_length=12,
+            scenes=c.ScenesConfig(difficulty="easy"),
+        ),
+        stages={**towers(), **trained},
+        rows=table,
+        eval=c.EvalConfig(batch_size=64, order=tuple(table)),
+        study=c.StudyConfig(
+            stages=tuple(trained), learning_rates=(5e-4, 1e-3, 2e-3), seeds=(0, 1, 2), equal_time="voco1", limit=500
+        ),
+        log_every=50,
+        checkpoint_every=300,
+    )
+
+
+OPTIM = c.OptimConfig(learning_rate=1e-3, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.02)
+
+
+def towers() -> dict[str, c.StageConfig]:
+    """The vision tower against captions, then the uncompressed model."""
+    visible = c.MethodConfig(voco=8)
+    return {
+        "clip": c.StageConfig(
+            steps=1500,
+            batch_size=32,
+            train=("vit/.*", "contrast/.*", "llm/embed/table"),
+            method=visible,
+            loss=c.LossConfig(ce=0.0, contrast=1.0),
+            optim=OPTIM,
+        ),
+        "base": c.StageConfig(
+            init_from="clip",
+            steps=4000,
+            batch_size=16,
+            train=LANGUAGE_MODEL,
+            method=visible,
+            voco_counts=(0, 1, 0, 8),
+            token_dropout=0.25,
+            optim=dataclasses.replace(OPTIM, learning_rate=2e-3),
+        ),
+    }
+
+
+def voco(count: int, **changes) -> c.StageConfig:
+    """A stage with VoCo tokens, `count` of them where nothing else is said."""
+    method = c.MethodConfig(voco=count, voco_mask="voco")
+    stage = c.StageConfig(
+        init_from="base", steps=STEPS, batch_size=8, train=LANGUAGE_MODEL, method=method, optim=OPTIM
+    )
+    return dataclasses.replace(stage, **changes)
+
+
+def pooled(grid: int) -> c.StageConfig:
+    """Average pooling and a linear layer: grid x grid tokens."""
+    method = c.MethodConfig(projector="avgpool_linear", pool_grid=grid)
+    return voco(0, train=("projector/.*", "llm/.*"), method=method)
+
+
+def studied() -> dict[str, c.StageConfig]:
+    """Everything that is compared."""
+    frozen = c.LossConfig(kl=1.0)
+    own = c.LossConfig(kl=1.0, teacher="self", teacher_ce=1.0)
+    return {
+        **{f"voco{count}": voco(count) for count in LADDER},
+        "kl": voco(1, loss=frozen),
+        "onepass": voco(1, loss=own),
+        "progressive": voco(
+            8, loss=frozen, progressive=c.ProgressiveConfig(site="voco", final_low=0.5, final_high=0.875)
+        ),
+        "elastic": voco(8, voco_counts=LADDER, voco_draw="row"),
+        "pooled1": pooled(1),
+        "pooled4": pooled(2),
+    }
+
+
+def rows() -> dict[str, c.RowConfig]:
+    """The table, top to bottom."""
+
+    def read(count: int) -> c.MethodConfig:
+        return c.MethodConfig(voco=count, voco_mask="voco")
+
+    def choosing(threshold: float) -> c.RowConfig:
+        auto = c.AutoConfig(ladder=LADDER, threshold=threshold)
+        return c.RowConfig(stage="elastic", method=read(8), auto=auto)
+
+    def grid(side: int) -> c.MethodConfig:
+        return c.MethodConfig(projector="avgpool_linear", pool_grid=side)
+
+    table = {
+        "question-only prior": c.RowConfig(stage=""),
+        "lower": c.RowConfig(method=read(1)),
+        "VoCo 1": c.RowConfig(stage="voco1", method=read(1)),
+        "VoCo 1, KL": c.RowConfig(stage="kl", method=read(1)),
+        "VoCo 1, one pass": c.RowConfig(stage="onepass", method=read(1)),
+        "VoCo 1, progressive": c.RowConfig(stage="progressive", method=read(1)),
+        "average pooling 1": c.RowConfig(stage="pooled1", method=grid(1)),
+        **{f"VoCo {count}": c.RowConfig(stage=f"voco{count}", method=read(count)) for count in LADDER[1:]},
+        "average pooling 4": c.RowConfig(stage="pooled4", method=grid(2)),
+        **{f"elastic {count}": c.RowConfig(stage="elastic", method=read(count)) for count in LADDER},
+        **{f"auto {threshold:g}": choosing(threshold) for threshold in (0.01, 0.1, 0.5)},
+    }
+    for tokens in BUDGETS:
+        merging = c.MethodConfig(encoder="visionzip", tokens=tokens, contextual=tokens // 4)
+        table[f"VisionZip {tokens}"] = c.RowConfig(method=merging)
+        table[f"random {tokens}"] = c.RowConfig(method=c.MethodConfig(encoder="random", tokens=tokens), seeds=3)
+    return {
+        **table,
+        "uncompressed after VoCo": c.RowConfig(stage="voco1"),
+        "upper_official": c.RowConfig(method=c.MethodConfig(voco=1)),
+        "upper": c.RowConfig(),
+    }
