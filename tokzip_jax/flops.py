@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.decoder_site import check
+from tokzip_jax.encoder_site import slots
 from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.vlm import visual_slots
 
@@ -101,10 +102,6 @@ def vit_flops(vit: VitConfig) -> int:
     return patching + vit.feature_blocks * block
 
 
-def _encoder_tokens(model: ModelConfig, method: MethodConfig) -> int:
-    return model.vit.patches if method.encoder == "none" else method.tokens
-
-
 def projector_flops(model: ModelConfig, method: MethodConfig, *, text_tokens: int = 0) -> int:
     """FLOPs of the projector for one picture; `text_tokens` of the question, for those that read it.
 
@@ -113,7 +110,7 @@ def projector_flops(model: ModelConfig, method: MethodConfig, *, text_tokens: in
     """
     if method.projector not in PROJECTORS:
         raise ValueError(f"the ledger knows no projector {method.projector!r}; it knows {', '.join(PROJECTORS)}")
-    return PROJECTORS[method.projector].flops(model, method, _encoder_tokens(model, method), text_tokens)
+    return PROJECTORS[method.projector].flops(model, method, slots(model, method), text_tokens)
 
 
 def kv_bytes_per_token(llm: LlmConfig, dtype: str) -> int:
@@ -173,7 +170,7 @@ def ledger(
         prefill = llm_flops(model.llm, text_tokens, past=past, causal=causal)
     return Ledger(
         patches=model.vit.patches,
-        encoder_tokens=_encoder_tokens(model, method),
+        encoder_tokens=slots(model, method),
         visual_tokens=visual,
         layer_tokens=by_layer,
         voco_tokens=method.voco,

@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import bipartite
-from tokzip_jax.compress.bipartite import Merged
-from tokzip_jax.compress.tome import Between
+from tokzip_jax.compress.bipartite import Between, Merged
 from tokzip_jax.types import Array, VisualTokens
 
 SCALES = ("official", "always", "none")

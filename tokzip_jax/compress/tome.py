@@ -10,18 +10,15 @@ of the size is added to the key's logits).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokzip_jax.compress import bipartite
-from tokzip_jax.compress.bipartite import Merged
+from tokzip_jax.compress.bipartite import Between, Merged
 from tokzip_jax.types import Array, VisualTokens
-
-# What stands between attention and MLP of a block: (tokens, its keys [B, T, H], its CLS row [B, T]) -> fewer tokens.
-Between = Callable[[Merged, Array, Array], Merged]
 
 
 def check_budget(patches: int, tokens: int) -> None:
