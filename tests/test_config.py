@@ -252,9 +252,9 @@ BAD = {
         {"contextual": 1},
         r"stages\.voco\.method\.options\.contextual is no option of the encoder-site method 'none'\. It has none",
     ),
-    "stages.base.method": (
+    "stages.voco.method": (
         MethodConfig(encoder="cls_attention", tokens=4, options={"order": "least"}),
-        r"base\.method\.options\.order = 'least' is unknown; choose one of 'highest', 'lowest'",
+        r"voco\.method\.options\.order = 'least' is unknown; choose one of 'highest', 'lowest'",
     ),
     "rows.upper.method.encoder": ("cls_attention", r"upper\.method: cls_attention: 0 tokens .* must be 1 \.\. 16"),
     "stages.voco.method.encoder": ("visionzap", r"encoder = 'visionzap' is unknown; choose one of"),
