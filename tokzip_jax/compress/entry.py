@@ -15,6 +15,7 @@ from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 # Signals that the vision tower does not have: patches behind the projector, and the question's embedded words.
 PROJECTED, QUESTION, QUESTION_VALID = "projected_BPD", "question_BTD", "question_valid_BT"
 ABOUT_QUESTION = (PROJECTED, QUESTION, QUESTION_VALID)
+COMPARE = ("projected", "patches")  # what a method that measures how alike patches are may look at
 CLASSES = ("transformation", "similarity", "attention", "query")
 
 
@@ -203,3 +204,8 @@ def at_budget(entry: Encoder, given: Mapping[str, Any], before: int, after: int)
     """Options of a budget `before` for a budget `after`: parts of the budget keep their share of it."""
     parts = {field.name for field in dataclasses.fields(entry.options) if field.metadata["share"]}
     return {key: round(value * after / before) if key in parts and value else value for key, value in given.items()}
+
+
+def compared(features: VisionFeatures, options: Any) -> Array:
+    """What a method with an option `compare` out of COMPARE compares: [B, P, H]."""
+    return features.signals[PROJECTED] if options.compare == "projected" else features.patches_BPD

@@ -27,9 +27,21 @@ __all__ = [
 
 # A new method is one more line here.
 FILES = (
-    "select",
+    "select",  # none, random, uniform
+    "downsample",
     "cls_attention",
     "visionzip",
+    "visionzip_merged",
+    "vispruner",
+    "prumerge",
+    "holov",
+    "scope",
+    "tome",
+    "folder",
+    "divprune",
+    "dart",
+    "cdpruner",
+    "mmtok",
 )
 ENCODER: dict[str, Encoder] = {
     name: entry
