@@ -104,7 +104,7 @@ def rows() -> dict[str, c.RowConfig]:
         ),
     }
     for tokens, contextual in BUDGETS.items():
-        method = c.MethodConfig(encoder="visionzip", tokens=tokens, contextual=contextual)
+        method = c.MethodConfig(encoder="visionzip", tokens=tokens, options={"contextual": contextual})
         table[f"VisionZip {tokens}"] = c.RowConfig(method=method)
     for tokens in BUDGETS:
         table[f"random {tokens}"] = c.RowConfig(method=c.MethodConfig(encoder="random", tokens=tokens), seeds=3)

@@ -64,7 +64,7 @@ def run_config() -> c.RunConfig:
             "lower": c.RowConfig(stage="base", method=c.MethodConfig(voco=1, voco_mask="voco")),
             "VoCo 1": c.RowConfig(stage="voco", method=c.MethodConfig(voco=1, voco_mask="voco")),
             "average pooling 1": c.RowConfig(stage="pooled", method=pooled),
-            "VisionZip 4": c.RowConfig(method=c.MethodConfig(encoder="visionzip", tokens=4, contextual=1)),
+            "VisionZip 4": c.RowConfig(method=c.MethodConfig(encoder="visionzip", tokens=4, options={"contextual": 1})),
             "random 4": c.RowConfig(method=c.MethodConfig(encoder="random", tokens=4), seeds=2),
             "upper": c.RowConfig(stage="base"),
             "upper_official": c.RowConfig(stage="base", method=c.MethodConfig(voco=1)),

@@ -60,7 +60,7 @@ def run_config(tokens: int = 64) -> c.RunConfig:
                 steps=steps,
                 batch_size=BATCH,
                 train=("projector/.*",),
-                method=c.MethodConfig(encoder="visionzip", tokens=tokens, contextual=CONTEXTUAL[tokens]),
+                method=c.MethodConfig(encoder="visionzip", tokens=tokens, options={"contextual": CONTEXTUAL[tokens]}),
                 loss=c.LossConfig(chunk=8192),
                 optim=c.OptimConfig(learning_rate=2e-5, warmup_steps=math.ceil(0.03 * steps)),
             ),

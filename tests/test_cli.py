@@ -50,7 +50,7 @@ def refused(cfg, root, monkeypatch):
     return message
 
 
-VISIONZIP = MethodConfig(encoder="visionzip", tokens=99, contextual=2)
+VISIONZIP = MethodConfig(encoder="visionzip", tokens=99, options={"contextual": 2})
 BAD = [
     ("rows.VisionZip 4.method", VISIONZIP, ["rows.VisionZip 4.method", "tokens", "99", "17"]),
     ("stages.voco.method.voco", 0, ["stages.voco.method.voco = 0 with the VoCo mask 'voco'", "voco >= 1"]),

@@ -1,5 +1,6 @@
 """The shared primitives, the baselines, pooling, and the table of encoder-site methods."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokzip_jax.compress import ENCODER, average_pool, check, everything, ops, random, uniform, visionzip
+from tokzip_jax.compress import (
+    Ask,
+    Tower,
+    apply,
+    average_pool,
+    check,
+    cls_attention,
+    everything,
+    ops,
+    options,
+    random,
+    uniform,
+    visionzip,
+)
 from tokzip_jax.types import VisionFeatures
 
 PATCHES = np.random.default_rng(0).standard_normal((3, 36, 4)).astype(np.float32)
@@ -232,32 +246,18 @@ FEATURES = VisionFeatures(
     cls_BD=PATCHES[:, 0] + 1,
     signals={"cls_attention_BP": np.abs(PATCHES[:, :, 0]), "keys_BSH": np.zeros((3, 37, 2), np.float32)},
 )
-COMMON = {"merge": "official", "targets": "official", "key": jax.random.key(0)}
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens", "contextual"), [("visionzip", 9, 3), ("random", 7, 0), ("uniform", 7, 0), ("none", 36, 0)]
-)
-def test_every_entry_reads_its_signals_and_keeps_its_budget(name, tokens, contextual):
-    entry = ENCODER[name]
-    check(name, 36, tokens, contextual)
-    asked = VisionFeatures(
-        patches_BPD=FEATURES.patches_BPD,
-        cls_BD=FEATURES.cls_BD,
-        signals={signal: FEATURES.signals[signal] for signal in entry.signals},
-    )
-    result = entry.function(asked, tokens=tokens, contextual=contextual, **COMMON)
-    assert result.tokens_BMD.shape == (3, tokens, 4) and result.valid_BM.shape == (3, tokens)
-    assert result.position_BM.dtype == result.size_BM.dtype == result.source_BP.dtype == jnp.int32
-    assert np.all(np.sum(result.position_BM == -1, axis=1) == (name == "visionzip"))
+def ask(name, tokens, key=None, **wanted):
+    return Ask(tokens, options(name, wanted), Tower(rows=6, columns=6), key)
 
 
 @pytest.mark.parametrize(("merge", "targets"), [("official", "official"), ("paper", "even")])
 def test_visionzip_entry_is_the_function(merge, targets):
-    options = {"merge": merge, "targets": targets}
-    found = ENCODER["visionzip"].function(FEATURES, tokens=9, contextual=3, **{**COMMON, **options})
+    wanted = {"merge": merge, "targets": targets}
+    found = apply("visionzip", FEATURES, ask("visionzip", 9, contextual=3, **wanted))
     expected = visionzip(
-        FEATURES.patches_BPD, FEATURES.cls_BD, *FEATURES.signals.values(), dominant=6, contextual=3, **options
+        FEATURES.patches_BPD, FEATURES.cls_BD, *FEATURES.signals.values(), dominant=6, contextual=3, **wanted
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -265,23 +265,43 @@ def test_visionzip_entry_is_the_function(merge, targets):
 
 def test_random_entry_needs_a_key():
     with pytest.raises(ValueError, match="needs a JAX random key"):
-        ENCODER["random"].function(FEATURES, tokens=9, contextual=0, **{**COMMON, "key": None})
+        apply("random", FEATURES, ask("random", 9))
+
+
+def test_cls_attention_in_both_orders():
+    """Row by row with a stable sort: the highest, or the lowest, of equal ones the lower index."""
+    attention = np.round(np.random.default_rng(4).random((3, 36)), 1).astype(np.float32)  # many are equal
+    for order, sign in (("highest", -1), ("lowest", 1)):
+        for tokens in (1, 7, 36):
+            found = cls_attention(PATCHES, attention, tokens=tokens, order=order)
+            expected = np.sort(np.argsort(sign * attention, axis=1, kind="stable")[:, :tokens], axis=1)
+            np.testing.assert_array_equal(found.position_BM, expected)
+            np.testing.assert_array_equal(found.tokens_BMD, np.take_along_axis(PATCHES, expected[:, :, None], axis=1))
+    features = dataclasses.replace(FEATURES, signals={"cls_attention_BP": attention})
+    lowest = apply("cls_attention", features, ask("cls_attention", 5, order="lowest"))
+    np.testing.assert_array_equal(
+        lowest.position_BM, cls_attention(PATCHES, attention, tokens=5, order="lowest").position_BM
+    )
+    with pytest.raises(ValueError, match="order = 'least' is unknown; choose one of highest, lowest"):
+        cls_attention(PATCHES, attention, tokens=5, order="least")
+    with pytest.raises(ValueError, match=r"scores have shape \(3, 35\); 36 patches need \(3, 36\)"):
+        cls_attention(PATCHES, attention[:, 1:], tokens=5)
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "contextual", "message"),
+    ("name", "tokens", "wanted", "message"),
     [
-        ("zip", 4, 0, "'zip' is unknown; choose one of none, random, uniform, visionzip"),
-        ("visionzip", 0, 0, r"0 tokens .* must be 1 \.\. 37"),
-        ("visionzip", 38, 0, r"38 tokens .* must be 1 \.\. 37"),
-        ("visionzip", 4, 4, r"no place for the CLS token; it must be 0 \.\. 3"),
-        ("visionzip", 4, -1, r"it must be 0 \.\. 3"),
-        ("random", 37, 0, r"random: 37 tokens .* must be 1 \.\. 36"),
-        ("uniform", 0, 0, r"uniform: 0 tokens .* must be 1 \.\. 36"),
-        ("uniform", 4, 1, "merges nothing; it must be 0"),
-        ("none", 9, 0, "tokens must be 0 or 36"),
+        ("visionzip", 0, {}, r"0 tokens .* must be 1 \.\. 37"),
+        ("visionzip", 38, {}, r"38 tokens .* must be 1 \.\. 37"),
+        ("visionzip", 4, {"contextual": 4}, r"no place for the CLS token; options\.contextual must be 0 \.\. 3"),
+        ("random", 37, {}, r"random: 37 tokens .* must be 1 \.\. 36"),
+        ("uniform", 0, {}, r"uniform: 0 tokens .* must be 1 \.\. 36"),
+        ("cls_attention", 37, {}, r"cls_attention: 37 tokens .* must be 1 \.\. 36"),
+        ("none", 9, {}, "tokens must be 0 or 36"),
     ],
 )
-def test_check_says_what_would_be_right(name, tokens, contextual, message):
+def test_check_says_what_would_be_right(name, tokens, wanted, message):
     with pytest.raises(ValueError, match=message):
-        check(name, 36, tokens, contextual)
+        check(name, Tower(rows=6, columns=6), tokens, options(name, wanted))
+    with pytest.raises(ValueError, match=r"'zip' is unknown; choose one of .*, none, .*random, .*uniform, visionzip"):
+        check("zip", Tower(rows=6, columns=6), 4, None)

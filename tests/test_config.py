@@ -1,6 +1,8 @@
 """Config: round trips, messages of bad input, cross-field checks, stage order."""
 
+import copy
 import dataclasses
+import pickle
 import sys
 
 import hypothesis
@@ -21,6 +23,7 @@ from tokzip_jax.config import (
     MethodConfig,
     ModelConfig,
     OptimConfig,
+    Options,
     RowConfig,
     RunConfig,
     StageConfig,
@@ -58,6 +61,35 @@ def test_round_trips():
     assert config_io.from_config_dict(tree) == CFG
     assert config_io.from_json(config_io.to_json(CFG)) == CFG
     assert config_io.from_config_dict({}) == RunConfig()
+
+
+def test_options_of_a_method():
+    """They hash, compare, travel as JSON and ConfigDict, cannot change, and a plain dict becomes them."""
+    method = MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2, "merge": "paper"})
+    assert method == MethodConfig(encoder="visionzip", tokens=6, options=Options(merge="paper", contextual=2))
+    assert hash(method) == hash(copy.deepcopy(method)) == hash(pickle.loads(pickle.dumps(method)))
+    assert method != dataclasses.replace(method, options={"contextual": 2})
+    for change_it in (
+        lambda options: options.update(contextual=3),
+        lambda options: options.__setitem__("contextual", 3),
+        lambda options: options.pop("contextual"),
+    ):
+        with pytest.raises(TypeError, match=r"options of a config cannot change; make new ones: Options\("):
+            change_it(method.options)
+    cfg = change(CFG, "rows.upper.method", method)
+    assert config_io.from_json(config_io.to_json(cfg)) == cfg
+    tree = config_io.to_config_dict(cfg)
+    assert config_io.from_config_dict(tree) == cfg
+    tree.rows.upper.method.options.contextual = 3
+    assert config_io.from_config_dict(tree).rows["upper"].method.options == {"contextual": 3, "merge": "paper"}
+    changed = config_io.difference(cfg, config_io.from_config_dict(tree))
+    assert changed == ["rows.upper.method.options.contextual: 2 -> 3"]
+    for wrong, message in (
+        (3, r"rows\.upper\.method\.options = 3 must be a group of keys"),
+        ({"contextual": (1, 2)}, r"options\.contextual = \(1, 2\) must be a number, a word, True or False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_io.from_config_dict({"rows": {"upper": {"method": {"options": wrong}}}})
 
 
 @hypothesis.given(
@@ -152,6 +184,10 @@ def test_overrides_on_the_command_line(tmp_path, monkeypatch):
     cfg = parse("--config.stages.a.steps=7", "--config.stages.a.voco_counts=(1,2)")
     assert cfg.stages["a"].steps == 7
     assert cfg.stages["a"].voco_counts == (1, 2)
+    method = "--config.stages.a.method."
+    options = (f"{method}options.contextual=3", f"{method}options.merge=paper", f"{method}options.restore=0.5")
+    cfg = parse(f"{method}encoder=visionzip", *options)
+    assert cfg.stages["a"].method.options == {"contextual": 3, "merge": "paper", "restore": 0.5}
     with pytest.raises(ValueError, match=r"unknown config key data\.text_lenght; did you mean data\.text_length"):
         parse("--config.data.text_lenght=3")
     with pytest.raises(SystemExit, match=r"error: unknown config key dat\.workers: there is no 'dat'\. .*\"data\""):
@@ -212,7 +248,15 @@ BAD = {
     "stages.voco.method.voco": (0, r"stages\.voco\.method\.voco = 0 with the VoCo mask 'voco'"),
     "stages.voco.method.voco_mask": ("vocos", r"voco_mask = 'vocos' is unknown; choose one of"),
     "stages.voco.method.projector": ("mlp", r"projector = 'mlp' is unknown; choose one of"),
-    "stages.voco.method.merge": ("mean", r"merge = 'mean' is unknown; choose one of 'official', 'paper'"),
+    "stages.voco.method.options": (
+        {"contextual": 1},
+        r"stages\.voco\.method\.options\.contextual is no option of the encoder-site method 'none'\. It has none",
+    ),
+    "stages.voco.method": (
+        MethodConfig(encoder="cls_attention", tokens=4, options={"order": "least"}),
+        r"voco\.method\.options\.order = 'least' is unknown; choose one of 'highest', 'lowest'",
+    ),
+    "rows.upper.method.encoder": ("cls_attention", r"upper\.method: cls_attention: 0 tokens .* must be 1 \.\. 16"),
     "stages.voco.method.encoder": ("visionzap", r"encoder = 'visionzap' is unknown; choose one of"),
     "stages.voco.voco_counts": ((2,), r"voco_counts holds 2; .* between 1 and stages\.voco\.method\.voco = 1"),
     "stages.voco.voco_draw": ("dice", r"voco_draw = 'dice' is unknown; choose one of 'turn', 'random', 'row'"),
@@ -288,10 +332,12 @@ def test_own_embeddings_limit_the_voco_tokens():
 
 @pytest.mark.parametrize(("tokens", "contextual"), [(0, 0), (99, 2), (4, 5)])
 def test_impossible_budgets(tokens, contextual):
-    method = MethodConfig(encoder="visionzip", tokens=tokens, contextual=contextual, voco_mask="visible")
+    options = {"contextual": contextual}
+    method = MethodConfig(encoder="visionzip", tokens=tokens, options=options, voco_mask="visible")
     with pytest.raises(ValueError, match=r"^rows\.upper\.method"):
         config_check.validate(change(CFG, "rows.upper.method", method))
-    config_check.validate(change(CFG, "rows.upper.method", dataclasses.replace(method, tokens=6, contextual=2)))
+    possible = dataclasses.replace(method, tokens=6, options={"contextual": 2})
+    config_check.validate(change(CFG, "rows.upper.method", possible))
 
 
 def test_stage_order():

@@ -119,7 +119,7 @@ def test_published_schedules():
     assert cfg.model.voco_embeddings == 1 and cfg.data.name == "llava_json" and stage.method.voco_mask == "voco"
     for budget, contextual in {192: 30, 128: 20, 64: 10}.items():
         _, stage, _ = full_size("visionzip_tune_llava15_7b", budget)
-        assert (stage.method.tokens, stage.method.contextual) == (budget, contextual)
+        assert (stage.method.tokens, stage.method.options) == (budget, {"contextual": contextual})
         assert stage.train == ("projector/.*",) and stage.steps == 520
     with pytest.raises(ValueError, match="budget of 65 tokens is none of the paper's: 192, 128, 64"):
         full_size("visionzip_tune_llava15_7b", 65)

@@ -276,7 +276,12 @@ def test_caches_are_as_long_as_what_each_run_of_layers_saw():
 def test_sites_compose():
     """VisionZip before PyramidDrop, pooling before FastV."""
     zipped = MethodConfig(
-        encoder="visionzip", tokens=8, contextual=2, decoder="pyramiddrop", decoder_layers=(1,), decoder_keep=(3,)
+        encoder="visionzip",
+        tokens=8,
+        options={"contextual": 2},
+        decoder="pyramiddrop",
+        decoder_layers=(1,),
+        decoder_keep=(3,),
     )
     out = jax.eval_shape(lambda p, b: vlm.forward(CFG, p, b, zipped), tiny.params(), rows_with([[5, 6], [7]]))
     assert out.visual.tokens_BMD.shape == (2, 8, CFG.llm.width)

@@ -130,7 +130,7 @@ def test_ledger_of_questions_that_choose_is_the_mean_of_theirs():
 
 
 def test_ledger_follows_the_sites():
-    zipped = MethodConfig(encoder="visionzip", tokens=64, contextual=10, voco_mask="visible")
+    zipped = MethodConfig(encoder="visionzip", tokens=64, options={"contextual": 10}, voco_mask="visible")
     ours = flops.ledger(VICUNA_7B, zipped, text_tokens=64)
     assert (ours.patches, ours.encoder_tokens, ours.visual_tokens, ours.read_tokens) == (576, 64, 64, 64)
     assert ours.projector_flops * 9 == flops.ledger(VICUNA_7B, PLAIN, text_tokens=64).projector_flops

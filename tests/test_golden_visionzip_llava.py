@@ -4,21 +4,21 @@ import jax
 import numpy as np
 import official
 
-from tokzip_jax import compress, vit
+from tokzip_jax import compress, encoder_site, vit
 from tokzip_jax.config import MethodConfig
 
 GOLDEN = official.read("visionzip_llava")
 PIXELS = official.read("llava_rightpad")["pixel_values"]
-METHOD = MethodConfig(encoder="visionzip", tokens=64, contextual=10)
+METHOD = MethodConfig(encoder="visionzip", tokens=64, options={"contextual": 10})
 
 
 def test_tokens_that_are_kept_and_merged():
-    encoder = compress.ENCODER["visionzip"]
+    entry, ask = compress.ENCODER["visionzip"], encoder_site.ask(official.LLAVA, METHOD)
 
     @jax.jit
     def compressed(params, images):
-        found, _ = vit.features(official.LLAVA, params, images, signals=encoder.signals)
-        return encoder.function(found, tokens=64, contextual=10, merge="official", targets="official", key=None)
+        found, _ = vit.features(official.LLAVA, params, images, signals=entry.signals)
+        return entry.function(found, ask)
 
     found = compressed(official.llava_params()["vit"], np.transpose(PIXELS, (0, 2, 3, 1)))
     # The official indices count CLS as 0 and come best first; ours stand in raster order, CLS as -1.

@@ -26,7 +26,7 @@ VOCO = StageConfig(
 )
 ENCODER = StageConfig(
     steps=10,
-    method=MethodConfig(encoder="visionzip", tokens=8, contextual=2),
+    method=MethodConfig(encoder="visionzip", tokens=8, options={"contextual": 2}),
     loss=SELF,
     progressive=ProgressiveConfig(site="encoder", budgets=(16, 12, 8, 4)),
 )
@@ -81,7 +81,7 @@ def test_budgets_shrink_and_the_teacher_reads_more(stage):
 def test_methods_of_a_budget():
     """Merged tokens keep their quarter of the budget; VoCo counts change no method."""
     student, teacher = progressive.methods(ENCODER, Budget(4, 12))
-    assert (student.tokens, student.contextual, teacher.tokens, teacher.contextual) == (4, 1, 12, 3)
+    assert [(m.tokens, m.options) for m in (student, teacher)] == [(4, {"contextual": 1}), (12, {"contextual": 3})]
     assert progressive.methods(VOCO, Budget(2, 5)) == (VOCO.method, VOCO.method)
 
 

@@ -234,11 +234,11 @@ def test_encoder_site_and_projector_change_the_number_of_slots():
     for method, expected in (
         (MethodConfig(), 16),
         (MethodConfig(encoder="uniform", tokens=5), 5),
-        (MethodConfig(encoder="visionzip", tokens=6, contextual=2), 6),
+        (MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2}), 6),
         (MethodConfig(projector="avgpool_linear", pool_grid=2), 4),
     ):
         assert vlm.visual_slots(CFG, method) == expected
-    method = MethodConfig(encoder="visionzip", tokens=6, contextual=2)
+    method = MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2})
     shapes = jax.eval_shape(lambda p, b: vlm.forward(CFG, p, b, method), tiny.params(), rows(ROWS))
     assert shapes.visual.tokens_BMD.shape == (4, 6, CFG.llm.width) and shapes.hidden_BTD.shape == (4, 16 + 5, 16)
 
@@ -279,7 +279,10 @@ def test_dropped_tokens_are_as_if_they_had_not_been_there():
     batch = rows(ROWS[:1])
     method = dataclasses.replace(tiny.METHOD, voco_mask="visible")
     few = dataclasses.replace(method, encoder="first")
-    first = compress.Encoder(lambda f, **_: compress.ops.keep(f.patches_BPD, jnp.arange(16)[None] < 4, 4), (), None)
+    first = compress.Encoder(
+        function=lambda found, ask: compress.ops.keep(found.patches_BPD, jnp.arange(16)[None] < 4, 4),
+        budget=lambda tower, tokens, options: None,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(compress.ENCODER, "first", first)
         short = dataclasses.replace(few, tokens=4)

@@ -5,6 +5,22 @@ A config file builds a `RunConfig`, `to_config_dict` makes it editable from the 
 """
 
 import dataclasses
+from typing import Any, NoReturn
+
+
+class Options(dict[str, Any]):
+    """Options of a method: a dict that cannot change, so that a config which holds it can be compared and hashed."""
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return Options, (dict(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("options of a config cannot change; make new ones: Options({**old, 'name': value})")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +106,8 @@ class MethodConfig:
     """What becomes of a picture on its way to the answer, site by site."""
 
     encoder: str = "none"  # a name of tokzip_jax.compress.ENCODER, or "none"
-    tokens: int = 0  # visual tokens the encoder site passes on (VisionZip: dominant incl. CLS + contextual)
-    contextual: int = 0  # VisionZip: how many of `tokens` are merged ones
-    merge: str = "official"  # VisionZip: "official" (target + mean) or "paper" (average)
-    targets: str = "official"  # VisionZip: "official" (floor-step) or "even"
+    tokens: int = 0  # visual tokens the encoder site passes on
+    options: Options = Options()  # of the encoder-site method, e.g. contextual=10 of visionzip; its file has them all
     seed: int = 0  # random selection
     projector: str = "mlp2x_gelu"  # a name of tokzip_jax.projectors.PROJECTORS
     pool_grid: int = 0  # avgpool_linear, ldpv2: side of the pooled grid (1 = one token; LDPv2's own is 12)
@@ -116,6 +130,10 @@ class MethodConfig:
     decoder_bias: float = 0.0  # sparsevlm_v1
     decoder_heads: int = 14  # sparsevlm_plus: heads that are averaged (official: 14, whatever the model has)
     positions: str = "original"  # or "compact": what text cannot see takes no position id (video; needs mask "voco")
+
+    def __post_init__(self) -> None:
+        """A plain dict will do for `options`."""
+        object.__setattr__(self, "options", Options(self.options))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

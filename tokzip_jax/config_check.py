@@ -7,10 +7,10 @@ from typing import Any
 
 from tokzip_jax import (
     attention,
-    compress,
     decoder_site,
     distill,
     elastic,
+    encoder_site,
     layers,
     layout,
     lora,
@@ -91,17 +91,9 @@ def stage_order(cfg: RunConfig) -> list[str]:
 
 def check_method(key: str, method: MethodConfig, model: ModelConfig) -> None:
     """Check one method against a model; `key` is its dotted place in the config, for the message."""
-    patches = model.vit.patches
-    _one_of(f"{key}.encoder", method.encoder, sorted({"none", *compress.ENCODER}))
-    _one_of(f"{key}.merge", method.merge, ("official", "paper"))
-    _one_of(f"{key}.targets", method.targets, ("official", "even"))
     _one_of(f"{key}.projector", method.projector, sorted(PROJECTORS))
     _one_of(f"{key}.voco_mask", method.voco_mask, sorted(masks.TABLES))
-    if method.encoder != "none":
-        try:
-            compress.check(method.encoder, patches, method.tokens, method.contextual)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+    encoder_site.check(key, model, method)
     projectors.check(key, model, method)
     limit = model.voco_embeddings if model.voco_embeddings > 1 else math.inf
     _require(
@@ -288,10 +280,11 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
 
 
 def _fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:
+    reader = vlm.reads_question(method)
     _require(
-        not PROJECTORS[method.projector].question or cfg.data.questions == 1,
-        f"{key}.projector = {method.projector!r} reads the question, and a picture has one set of tokens in a row: "
-        f"data.questions = {cfg.data.questions} must be 1",
+        not reader or cfg.data.questions == 1,
+        f"{key}.{reader} reads the question, and a picture has one set of tokens in a row: data.questions = "
+        f"{cfg.data.questions} must be 1",
     )
     _require(
         method.decoder == "none" or cfg.data.questions == 1,

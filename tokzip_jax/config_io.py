@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 from absl import app
 
-from tokzip_jax.config import RunConfig
+from tokzip_jax.config import Options, RunConfig
 
 _SCALARS = (bool, int, float, str)
 
@@ -140,6 +140,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
             raise ValueError(f"config key {key} = {value!r} must be a group of keys")
         return {name: _value(typing.get_args(hint)[1], value[name], f"{key}.{name}") for name in value}
+    if hint is Options:
+        return _options(value, key)
     inner = _without_none(hint)
     if inner is not hint and (value is None or value == "None"):
         return None
@@ -148,6 +150,16 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     except (TypeError, ValueError, SyntaxError):
         found = type(value).__name__
         raise ValueError(f"config key {key} = {value!r} ({found}) must be {_describe(hint)}") from None
+
+
+def _options(tree: Any, key: str) -> Options:
+    """Options as they are: the method that they belong to knows their names and types, and is asked when checked."""
+    if not isinstance(tree, Mapping | ml_collections.ConfigDict):
+        raise ValueError(f"config key {key} = {tree!r} must be a group of keys")
+    for name in tree:
+        if type(tree[name]) not in _SCALARS:
+            raise ValueError(f"config key {key}.{name} = {tree[name]!r} must be a number, a word, True or False")
+    return Options({name: tree[name] for name in tree})
 
 
 def _scalar(expected: type, value: Any) -> Any:

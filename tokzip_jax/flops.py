@@ -8,13 +8,16 @@ products. VisionZip's paper counts a two-matrix feed-forward; here it is SwiGLU'
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
+from tokzip_jax import encoder_site
+from tokzip_jax.compress.entry import PROJECTED
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.decoder_site import check
 from tokzip_jax.projectors import PROJECTORS
+from tokzip_jax.vit import LAST_SIGNALS
 from tokzip_jax.vlm import visual_slots
 
 
@@ -23,7 +26,7 @@ class Ledger:
     """The costs of one picture, and of one question about it.
 
     Attributes:
-        patches: patches that leave the vision tower.
+        patches: patches, or what is made of them in its blocks, that leave the vision tower.
         encoder_tokens: what the encoder site passes on to the projector.
         visual_tokens: what the projector passes on to the language model.
         layer_tokens: visual tokens that each layer works on: the same number, or what the cuts of a decoder site leave
@@ -32,8 +35,9 @@ class Ledger:
         read_tokens: tokens of the picture that a question can read, and so those that stay in the KV cache: the VoCo
             tokens under a mask that hides vision from text, else visual and VoCo tokens. A mean where questions pick
             their own number; then the two sizes in bytes and `prefill_flops` are means too.
-        vit_flops: the vision tower up to the feature layer, one picture.
-        projector_flops: the projector, one picture.
+        vit_flops: the vision tower up to the feature layer, one picture; up to its end where the encoder site reads the
+            last block, on a smaller picture or on fewer and fewer tokens where it works there.
+        projector_flops: the projector, one picture; twice where the encoder site looks at projected patches.
         picture_flops: the language model over the picture alone (prefix, visual and VoCo tokens; no head), spent once
             however many questions follow. VoCo's stage one; None where the picture is read together with the question.
         prefill_flops: the language model from projected visual tokens (VoCo: from the picture's cache, stage two) to
@@ -93,27 +97,46 @@ def scheduled_flops(llm: LlmConfig, new: Sequence[float], *, head: float = 1, ca
     return sum(llm_flops(one, tokens, head=0, causal=causal) for tokens in new) + 2 * head * llm.width * llm.vocab_size
 
 
-def vit_flops(vit: VitConfig) -> int:
-    """FLOPs of the vision tower for one picture: patch embedding and the blocks up to the feature layer."""
+def vit_flops(vit: VitConfig, *, removed: Mapping[int, int] | None = None, whole: bool = False) -> int:
+    """FLOPs of the vision tower for one picture: patch embedding and the blocks up to the feature layer.
+
+    Args:
+        vit: the tower.
+        removed: block number -> tokens that leave between its attention and its MLP.
+        whole: all blocks run, since the encoder site reads the last one's queries or keys.
+    """
     tokens = vit.patches + 1
-    patching = 2 * vit.patches * 3 * vit.patch_size**2 * vit.width
-    block = 2 * tokens * vit.width * (4 * vit.width + 2 * vit.mlp_dim) + 4 * tokens**2 * vit.width
-    return patching + vit.feature_blocks * block
+    total = 2 * vit.patches * 3 * vit.patch_size**2 * vit.width
+    for block in range(vit.layers if whole else vit.feature_blocks):
+        total += 2 * tokens * vit.width * 4 * vit.width + 4 * tokens**2 * vit.width
+        tokens -= (removed or {}).get(block, 0)
+        total += 2 * tokens * vit.width * 2 * vit.mlp_dim
+    return total
 
 
-def _encoder_tokens(model: ModelConfig, method: MethodConfig) -> int:
-    return model.vit.patches if method.encoder == "none" else method.tokens
+def tower_flops(model: ModelConfig, method: MethodConfig) -> int:
+    """`vit_flops` with what the encoder site does to the picture or inside the tower, and reads of it.
+
+    Raises:
+        ValueError: options that the method does not have, or a budget that it cannot keep.
+    """
+    plan, signals = encoder_site.plan(model, method)
+    vit = encoder_site.tower(model, plan).vit
+    return vit_flops(vit, removed=plan.removed, whole=bool(set(signals) & set(LAST_SIGNALS)))
 
 
 def projector_flops(model: ModelConfig, method: MethodConfig, *, text_tokens: int = 0) -> int:
     """FLOPs of the projector for one picture; `text_tokens` of the question, for those that read it.
 
     Raises:
-        ValueError: a projector that this ledger does not know.
+        ValueError: a projector that this ledger does not know, or options that the encoder site does not have.
     """
     if method.projector not in PROJECTORS:
         raise ValueError(f"the ledger knows no projector {method.projector!r}; it knows {', '.join(PROJECTORS)}")
-    return PROJECTORS[method.projector].flops(model, method, _encoder_tokens(model, method), text_tokens)
+    projector, (_, signals) = PROJECTORS[method.projector], encoder_site.plan(model, method)
+    # A method that compares patches behind the projector has all of them projected first.
+    before = projector.flops(model, method, model.vit.patches, text_tokens) if PROJECTED in signals else 0
+    return before + projector.flops(model, method, encoder_site.slots(model, method), text_tokens)
 
 
 def kv_bytes_per_token(llm: LlmConfig, dtype: str) -> int:
@@ -172,13 +195,13 @@ def ledger(
     else:
         prefill = llm_flops(model.llm, text_tokens, past=past, causal=causal)
     return Ledger(
-        patches=model.vit.patches,
-        encoder_tokens=_encoder_tokens(model, method),
+        patches=encoder_site.patches(model, method),
+        encoder_tokens=encoder_site.slots(model, method),
         visual_tokens=visual,
         layer_tokens=by_layer,
         voco_tokens=method.voco,
         read_tokens=read,
-        vit_flops=vit_flops(model.vit),
+        vit_flops=tower_flops(model, method),
         projector_flops=projector_flops(model, method, text_tokens=text_tokens),
         picture_flops=picture_flops,
         prefill_flops=prefill,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokzip_jax import compress
+from tokzip_jax import compress, encoder_site
 from tokzip_jax.config import MethodConfig, ModelConfig, ProgressiveConfig, StageConfig
 
 SITES = ("", "encoder", "voco")
@@ -80,9 +80,9 @@ def all_methods(stage: StageConfig) -> list[MethodConfig]:
 
 
 def _with_tokens(method: MethodConfig, tokens: int) -> MethodConfig:
-    """The method at another budget; merged tokens keep their share of it."""
-    contextual = round(method.contextual * tokens / method.tokens) if method.contextual else 0
-    return dataclasses.replace(method, tokens=tokens, contextual=contextual)
+    """The method at another budget; options that are parts of it keep their share."""
+    options = compress.scaled(method.encoder, method.options, method.tokens, tokens)
+    return dataclasses.replace(method, tokens=tokens, options=options)
 
 
 def check(key: str, stage: StageConfig, model: ModelConfig) -> None:
@@ -125,9 +125,6 @@ def check(key: str, stage: StageConfig, model: ModelConfig) -> None:
             f"{key}.budgets (they are {cfg.budgets})"
         )
     for tokens in cfg.budgets:
-        try:
-            if tokens < 1:
-                raise ValueError(f"{tokens} tokens must be at least 1")
-            compress.check(method.encoder, model.vit.patches, tokens, _with_tokens(method, tokens).contextual)
-        except ValueError as error:
-            raise ValueError(f"{key}.budgets: {error}") from None
+        if tokens < 1:
+            raise ValueError(f"{key}.budgets: {tokens} tokens must be at least 1")
+        encoder_site.check(f"{key}.budgets", model, _with_tokens(method, tokens))

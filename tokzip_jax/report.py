@@ -16,7 +16,6 @@ from tokzip_jax.projectors import KEEPS_PLACES
 from tokzip_jax.study import Study
 from tokzip_jax.types import Array, Params, VisualTokens
 
-SELECTING = ("visionzip", "random", "uniform")  # encoder sites whose choice of patches can be drawn
 CAPTION = (
     "accuracy: exact match, per cent; % of full = x / {upper}; retention = (x - {lower}) / ({upper} - {lower}), a dash "
     "where the span is under 5 points.\n"
@@ -76,9 +75,10 @@ def _first_pictures(runner: Runner, count: int) -> dict[str, np.ndarray]:
 
 # Replicated results can be read in every process.
 @functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=P())
-def _encode(cfg: ModelConfig, params: Params, images: Array, method: MethodConfig) -> VisualTokens:
+def _encode(cfg: ModelConfig, params: Params, batch: dict[str, Array], method: MethodConfig) -> VisualTokens:
     # A row may hold the frames of a video; the first one is drawn.
-    return vlm.encode(cfg, params, images[:, :1], method, jax.random.key(method.seed))[0]
+    text = vlm.question(cfg, batch, method)
+    return vlm.encode(cfg, params, batch["images"][:, :1], method, jax.random.key(method.seed), text=text)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3), out_shardings=P())
@@ -94,8 +94,8 @@ def _columns(runner: Runner, batch: dict[str, np.ndarray]) -> list:
     columns = []
     for name in names:
         row = cfg.rows[name]
-        if row.stage and row.method.encoder in SELECTING and row.method.projector in KEEPS_PLACES:
-            tokens = jax.device_get(_encode(cfg.model, runner.load(row), inputs["images"], row.method))
+        if row.stage and row.method.encoder != "none" and row.method.projector in KEEPS_PLACES:
+            tokens = jax.device_get(_encode(cfg.model, runner.load(row), inputs, row.method))
             columns.append(functools.partial(plots.kept_panel, name, tokens))
     looking = [n for n in names if cfg.rows[n].method.voco and cfg.rows[n].method.voco_mask != "visible"]
     looking = [n for n in looking if n != cfg.eval.lower and cfg.rows[n].method.encoder == "none"]

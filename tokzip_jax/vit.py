@@ -10,8 +10,8 @@ import numpy as np
 
 from tokzip_jax import layers, stack
 from tokzip_jax.attention import attend, score_rows
-from tokzip_jax.compress.bipartite import Merged, begin, finish
-from tokzip_jax.compress.tome import Between
+from tokzip_jax.compress.bipartite import Between, Merged, begin, finish
+from tokzip_jax.compress.entry import Tower
 from tokzip_jax.config import ModelConfig, VitConfig
 from tokzip_jax.sharding import constrain
 from tokzip_jax.types import Array, Params, VisionFeatures
@@ -31,6 +31,11 @@ def normalise(images: Array, dtype: Any = jnp.float32) -> Array:
     pixels = images.astype(jnp.float32) / 255.0
     shape = (1,) * (images.ndim - 1) + (3,)
     return ((pixels - jnp.asarray(MEAN).reshape(shape)) / jnp.asarray(STD).reshape(shape)).astype(dtype)
+
+
+def tower(cfg: VitConfig) -> Tower:
+    """What an encoder-site method may know of this tower."""
+    return Tower(rows=cfg.grid, columns=cfg.grid, heads=cfg.heads, blocks=cfg.feature_blocks, window=cfg.window)
 
 
 def cuts(cfg: VitConfig) -> tuple[int, ...]:

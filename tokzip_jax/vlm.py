@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import compress, decoder_site, layout, llm, vit
+from tokzip_jax import compress, decoder_site, encoder_site, layout, llm, vit
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import TABLES
@@ -58,13 +58,19 @@ def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
 
 def visual_slots(cfg: ModelConfig, method: MethodConfig) -> int:
     """Visual tokens of one image that enter the language model."""
-    kept = cfg.vit.patches if method.encoder == "none" else method.tokens
-    return PROJECTORS[method.projector].count(cfg, method, kept)
+    return PROJECTORS[method.projector].count(cfg, method, encoder_site.slots(cfg, method))
 
 
 def question(cfg: ModelConfig, batch: dict[str, Array], method: MethodConfig) -> tuple[Array, Array] | None:
-    """The question of every row for a projector that reads it (see `layout.question`); None for the others."""
-    return layout.question(batch, cfg.projector.text_length) if PROJECTORS[method.projector].question else None
+    """The question of every row for a method that reads it (see `layout.question`); None for the others."""
+    return layout.question(batch, cfg.projector.text_length) if reads_question(method) else None
+
+
+def reads_question(method: MethodConfig) -> str:
+    """Which part of a method reads the question, so that its tokens are good for one question only; "" = none."""
+    if PROJECTORS[method.projector].question:
+        return f"projector = {method.projector!r}"
+    return f"encoder = {method.encoder!r}" if compress.ENCODER[method.encoder].question else ""
 
 
 def encode(
@@ -86,42 +92,37 @@ def encode(
         key: for what is random (selection, a drawn budget); one key, which picture n of the flattened [B*I] uses
             folded with n, or B keys, of which picture i of a row uses the row's folded with i.
         summary: also return the CLS token behind the last norm.
-        text: ids and validity [B, T] of each row's question, for a projector that reads it (see `question`).
+        text: ids and validity [B, T] of each row's question, for a method that reads it (see `question`).
 
     Returns:
         Visual tokens [B*I, M, D_llm], and the summary [B*I, D_vit] or None.
 
     Raises:
-        ValueError: no text for a projector that reads the question.
+        ValueError: no text for a method that reads the question.
     """
-    projector = PROJECTORS[method.projector]
-    if projector.question and text is None:
+    projector, reader = PROJECTORS[method.projector], reads_question(method)
+    if reader and text is None:
         raise ValueError(
-            f"the projector {method.projector!r} reads the question: give vlm.encode text=(ids, valid), such as "
-            "vlm.question makes of a batch"
+            f"{reader} reads the question: give vlm.encode text=(ids, valid), such as vlm.question makes of a batch"
         )
-    pixels = vit.normalise(images, cfg.dtype) if images.dtype == jnp.uint8 else images.astype(cfg.dtype)
     if key.ndim:
         numbers = jnp.arange(images.shape[1])
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         key = fold(key, numbers).reshape(-1)
-    encoder = compress.ENCODER[method.encoder]
-    found, pooled = vit.features(
-        cfg, params["vit"], pixels.reshape(-1, *images.shape[2:]), signals=encoder.signals, summary=summary
-    )
-    tokens = encoder.function(
-        found,
-        tokens=method.tokens,
-        contextual=method.contextual,
-        merge=method.merge,
-        targets=method.targets,
-        key=key,
-    )
     # Every picture of a row is read with the row's question.
-    asked = tuple(jnp.repeat(part, images.shape[1], axis=0) for part in text) if projector.question else None
-    context = Context(cls_BD=found.cls_BD, key=key, question=asked)
+    asked = tuple(jnp.repeat(part, images.shape[1], axis=0) for part in text) if reader else None
     weights = params["projector"][weights_name(method.projector)]
-    return projector.apply(cfg, method, weights, tokens, context), pooled
+
+    def project(tokens: VisualTokens, cls_BD: Array) -> VisualTokens:
+        context = Context(cls_BD=cls_BD, key=key, question=asked if projector.question else None)
+        return projector.apply(cfg, method, weights, tokens, context)
+
+    words = None if asked is None else (params["llm"]["embed"]["table"][asked[0]], asked[1])
+    flat = images.reshape(-1, *images.shape[2:])
+    tokens, cls_BD, pooled = encoder_site.run(
+        cfg, params["vit"], flat, method, key, summary=summary, project=project, question=words
+    )
+    return project(tokens, cls_BD), pooled
 
 
 def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -> Array:

@@ -27,7 +27,6 @@ from tokzip_jax import generate, layers, llm, vlm
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig
 from tokzip_jax.layout import text_stream
 from tokzip_jax.masks import TABLES, rule
-from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.types import PAD, PREFIX, TEXT, VOCO, Array, Params, TokenStream
 
 POLICIES = ("original", "compact")
@@ -88,7 +87,7 @@ def build(
             and a later frame of a video.
 
     Raises:
-        ValueError: a mask that would have to keep the vision tokens, no VoCo slots, a projector that reads the
+        ValueError: a mask that would have to keep the vision tokens, no VoCo slots, a method that reads the
             question, a decoder site, an unknown policy, or several samples packed into a row (not seen under jit, where
             the integers are not known).
     """
@@ -97,10 +96,10 @@ def build(
             f"voco={method.voco} with voco_mask={method.voco_mask!r} leaves nothing to cache: "
             "two-stage inference needs voco >= 1 and the mask 'voco' or 'prefix_visible'"
         )
-    if PROJECTORS[method.projector].question:
+    if reader := vlm.reads_question(method):
         raise ValueError(
-            f"the projector {method.projector!r} reads the question, so that a picture's cache would serve that one "
-            "alone: two-stage inference needs a projector that reads the picture alone"
+            f"{reader} reads the question, so that a picture's cache would serve that one alone: two-stage inference "
+            "needs a method that reads the picture alone"
         )
     _check_policy(positions)
     if method.decoder != "none":

@@ -35,17 +35,16 @@ def run(args: argparse.Namespace) -> Report:
     """Encoder alone, VisionZip alone on its features, and both as one program."""
     shape = TINY if args.tiny else VitConfig()
     cfg = ModelConfig(vit=shape, dtype=args.dtype, param_dtype=args.dtype)
-    compress.check("visionzip", shape.patches, args.tokens, args.contextual)
-    entry = compress.ENCODER["visionzip"]
+    options = compress.options("visionzip", {"contextual": args.contextual})
+    compress.check("visionzip", vit.tower(shape), args.tokens, options)
+    entry, ask = compress.ENCODER["visionzip"], compress.Ask(args.tokens, options, vit.tower(shape))
 
     def encode(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         found, _ = vit.features(cfg, params, pixels)
         return found.patches_BPD, found.cls_BD
 
     def squeeze(found: VisionFeatures) -> VisualTokens:
-        return entry.function(
-            found, tokens=args.tokens, contextual=args.contextual, merge="official", targets="official", key=None
-        )
+        return entry.function(found, ask)
 
     def both(params: Any, pixels: jax.Array) -> VisualTokens:
         return squeeze(vit.features(cfg, params, pixels, signals=entry.signals)[0])

@@ -6,6 +6,7 @@ similarities are one [T/2, T/2] product in float32, and what is chosen has no gr
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,10 @@ class Merged:
     size_BT: Array
     place_BT: Array
     slot_BS: Array
+
+
+# What stands between attention and MLP of a block: (tokens, its keys [B, T, H], its CLS row [B, T]) -> fewer tokens.
+Between = Callable[[Merged, Array, Array], Merged]
 
 
 class Pairs(NamedTuple):

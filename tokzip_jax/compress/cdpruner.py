@@ -13,6 +13,7 @@ Where the released code goes another way:
             choices). Here patches that the chosen ones explain entirely follow last, the most relevant first.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,9 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import ABOUT_QUESTION, COMPARE, Ask, Encoder, Selecting, Tower, compared, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
+from tokzip_jax.compress.relevance import question_relevance
 from tokzip_jax.compress.select import check_tokens
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 SIGNS = ("official", "plain")
 # What is left of a patch's own r * r below this fraction is rounding of the subtractions before.
@@ -117,3 +120,35 @@ def cdpruner(
     r_BP = scale(lax.stop_gradient(relevance_BP), valid_BP, sign)
     _, chosen_BP = determinantal(features_BPH, r_BP, valid_BP, tokens)
     return fill(patches_BPD, chosen_BP & valid_BP, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See the module; "plain" because our relevance grows with what the question and a patch have in common."""
+
+    sign: str = option("plain", choices=SIGNS)
+    compare: str = option("projected", choices=COMPARE)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    projected_BPD, question_BTD, valid_BT = (features.signals[name] for name in ABOUT_QUESTION)
+    relevance_BP = question_relevance(projected_BPD, question_BTD, valid_BT)
+    compare, sign = compared(features, ask.options), ask.options.sign
+    return cdpruner(features.patches_BPD, relevance_BP, tokens=ask.tokens, sign=sign, features_BPH=compare)
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens)
+
+
+ENTRIES = {
+    "cdpruner": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=ABOUT_QUESTION,
+        classes=("similarity", "query"),
+        reads="question, projected patches",
+        source="arXiv 2506.10967",
+    )
+}

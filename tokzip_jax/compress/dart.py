@@ -13,6 +13,7 @@ the projector, where there is no question, the picture's pivots stand alone. Two
             pivots come first, in raster order, then the question's in the order given.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill
 from tokzip_jax.compress.select import check_tokens
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_budget(patches: int, tokens: int, pivots: int = 4) -> None:
@@ -92,3 +94,32 @@ def dart(
         unlike_BP = jnp.where(valid_BP, -cosine_BPK[:, :, number], ops.MASKED)
         chosen_BP |= ops.top_mask(jnp.where(chosen_BP, -jnp.inf, unlike_BP), share)
     return fill(patches_BPD, chosen_BP & valid_BP, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See `dart`."""
+
+    pivots: int = option(4, low=1)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    keys_BPD = features.signals["last_keys_BSD"][:, int(ask.tower.cls) :]
+    return dart(features.patches_BPD, keys_BPD, tokens=ask.tokens, pivots=ask.options.pivots)
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens, options.pivots)
+
+
+ENTRIES = {
+    "dart": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=("last_keys_BSD",),
+        classes=("similarity",),
+        reads="keys of the last block, patches",
+        source="arXiv 2502.11494",
+    )
+}

@@ -7,15 +7,17 @@ The released code compares the tokens behind the projector; pass those as `featu
 ratio r into round(r P) tokens, and among duplicates it may choose a patch twice; here every choice is a new patch.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import COMPARE, PROJECTED, Ask, Encoder, Selecting, Tower, compared, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
 from tokzip_jax.compress.select import check_tokens
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_budget(patches: int, tokens: int) -> None:
@@ -74,3 +76,31 @@ def divprune(
     check_shape("divprune", "valid", valid_BP.shape, (batch, patches))
     _, chosen_BP = farthest(features_BPH, valid_BP, tokens)
     return fill(patches_BPD, chosen_BP & valid_BP, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """What is compared: "projected" (as released) or the "patches" themselves."""
+
+    compare: str = option("projected", choices=COMPARE)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return divprune(features.patches_BPD, tokens=ask.tokens, features_BPH=compared(features, ask.options))
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens)
+
+
+ENTRIES = {
+    "divprune": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=lambda options: (PROJECTED,) if options.compare == "projected" else (),
+        classes=("similarity",),
+        reads="projected patches",
+        source="arXiv 2503.02175",
+    )
+}

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import Ask, Encoder, NoOptions, Plan, Tower
 from tokzip_jax.compress.pool import bins
-from tokzip_jax.types import Array
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_side(image: int, side: int, patch: int) -> int:
@@ -141,3 +142,58 @@ def resize_positions(position_SD: Array, *, grid: int, prefix: int = 1) -> Array
     table = jnp.einsum("gh,hwD->gwD", along, table, precision=ops.EXACT)
     table = jnp.einsum("fw,gwD->gfD", along, table, precision=ops.EXACT).reshape(grid * grid, width)
     return jnp.concatenate([position_SD[:prefix], table.astype(position_SD.dtype)])
+
+
+def small_sources(grid: int, small: int) -> np.ndarray:
+    """For every patch of a grid x grid picture the nearest token of its small version, row by row: [grid^2]."""
+    first, last = bins(grid, small)
+    middle = (first + last) // 2
+    nearest = np.argmin(np.abs(np.arange(grid)[:, None] - middle[None]), axis=1)
+    return (nearest[:, None] * small + nearest[None, :]).ravel().astype(np.int32)
+
+
+def _plan(tower: Tower, tokens: int, options: NoOptions) -> Plan:
+    return Plan(grid=math.isqrt(tokens))
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    batch, tokens, _ = features.patches_BPD.shape
+    grid, small = ask.tower.rows, math.isqrt(tokens)
+    source_P = small_sources(grid, small)
+
+    def every(x: np.ndarray) -> Array:
+        return jnp.broadcast_to(jnp.asarray(x, jnp.int32)[None], (batch, len(x)))
+
+    return VisualTokens(
+        tokens_BMD=features.patches_BPD,
+        valid_BM=jnp.ones((batch, tokens), bool),
+        position_BM=every(small_places(grid, small)),
+        size_BM=every(np.bincount(source_P, minlength=tokens)),
+        source_BP=every(source_P),
+    )
+
+
+def _budget(tower: Tower, tokens: int, options: NoOptions) -> None:
+    small = math.isqrt(max(tokens, 0))
+    if small**2 != tokens or not 1 <= small <= tower.rows:
+        raise ValueError(
+            f"downsample: {tokens} tokens are no smaller square grid; tokens must be the square of 1 .. {tower.rows}"
+        )
+    if tower.window and small % tower.window:
+        raise ValueError(
+            f"downsample: {tokens} tokens make {small} x {small} patches, which windows of {tower.window} do not fill; "
+            f"the side must be a multiple of {tower.window}"
+        )
+
+
+ENTRIES = {
+    "downsample": Encoder(
+        function=_apply,
+        budget=_budget,
+        plan=_plan,
+        square=True,
+        classes=("transformation",),
+        reads="the picture",
+        source="arXiv 2510.07143",
+    )
+}

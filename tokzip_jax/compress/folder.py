@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import bipartite
-from tokzip_jax.compress.bipartite import Merged
-from tokzip_jax.compress.tome import Between
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.compress.bipartite import Between, Merged
+from tokzip_jax.compress.entry import Ask, Encoder, Plan, Tower, option
+from tokzip_jax.compress.tome import inside
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 SCALES = ("official", "always", "none")
 PENALTY = 500.0  # 100 x the alpha = 5 of the released encoder
@@ -145,3 +146,58 @@ def folder(
     else:
         factor = 1.0
     return dataclasses.replace(result, tokens_BMD=(result.tokens_BMD * factor).astype(patches_BPD.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The simple form's, see `folder`."""
+
+    scale: str = option("official", choices=SCALES)
+    protect: bool = option(True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """See `fold`."""
+
+    penalty: float = option(PENALTY, low=0.0)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return folder(features.patches_BPD, tokens=ask.tokens, scale=ask.options.scale, protect=ask.options.protect)
+
+
+def _plan(tower: Tower, tokens: int, options: BlockOptions) -> Plan:
+    block = tower.blocks - 1
+    steps = between(tower.patches, tokens, block, penalty=options.penalty)
+    return Plan(between=steps, removed={block: tower.patches - tokens})
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens, simple=True)
+
+
+def _block_budget(tower: Tower, tokens: int, options: BlockOptions) -> None:
+    check_budget(tower.patches, tokens)
+
+
+ENTRIES = {
+    "folder": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        classes=("similarity",),
+        reads="patches",
+        source="arXiv 2501.02430",
+    ),
+    "folder_block": Encoder(
+        function=inside,
+        budget=_block_budget,
+        options=BlockOptions,
+        plan=_plan,
+        cls=True,
+        classes=("similarity", "attention"),
+        reads="keys and CLS attention inside a block",
+        source="arXiv 2501.02430",
+    ),
+}

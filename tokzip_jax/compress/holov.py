@@ -15,6 +15,7 @@ scored by its bare attention. It runs with 16 crops and 64 tokens.
                               in the copy that comes with RESTORE): always exactly the budget.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,9 +24,10 @@ import numpy as np
 from jax import lax
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import COMPARE, PROJECTED, Ask, Encoder, Selecting, Tower, compared, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill
 from tokzip_jax.compress.select import check_tokens
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 OVERFLOW = ("official", "redistribute")
 ATTENTION_SCALE = 1e3
@@ -150,3 +152,44 @@ def holov(
     chosen_BCW = inside_BCW & (rank_BCW < share_BC[..., None])
     chosen_BP = chosen_BCW.reshape(batch, -1)[:, np.flatnonzero(table_CW.ravel() >= 0)]
     return fill(patches_BPD, chosen_BP, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See `holov`; compared are "projected" patches (as released) or the "patches" themselves."""
+
+    crops: int = option(16, low=1)
+    alpha: float = option(0.09, low=0.0)
+    overflow: str = option("official", choices=OVERFLOW)
+    compare: str = option("projected", choices=COMPARE)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return holov(
+        features.patches_BPD,
+        features.signals["cls_attention_BP"],
+        tokens=ask.tokens,
+        crops=ask.options.crops,
+        alpha=ask.options.alpha,
+        overflow=ask.options.overflow,
+        features_BPH=compared(features, ask.options),
+    )
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens, options.crops)
+
+
+ENTRIES = {
+    "holov": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=lambda options: ("cls_attention_BP", *((PROJECTED,) if options.compare == "projected" else ())),
+        cls=True,
+        classes=("attention", "similarity"),
+        reads="CLS attention, projected patches",
+        count="up to the budget",
+        source="arXiv 2510.02912",
+    )
+}

@@ -5,15 +5,18 @@ covers it as well as its best member does. The next patch is the one that adds m
 mean over text of the cover + alpha * mean over patches of the cover.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import ABOUT_QUESTION, Ask, Encoder, Selecting, Tower, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
+from tokzip_jax.compress.relevance import question_similarity
 from tokzip_jax.compress.select import check_tokens
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_budget(patches: int, tokens: int) -> None:
@@ -99,3 +102,42 @@ def mmtok(
     )
     _, chosen_BP = covering(jnp.concatenate(weights, axis=2), valid_BP, tokens)
     return fill(patches_BPD, chosen_BP & valid_BP, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See `mmtok`."""
+
+    alpha: float = option(0.5, low=0.0)
+    text_temperature: float = option(0.02, above=0.0)
+    vision_temperature: float = option(0.2, above=0.0)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    projected_BPD, question_BTD, valid_BT = (features.signals[name] for name in ABOUT_QUESTION)
+    return mmtok(
+        features.patches_BPD,
+        question_similarity(projected_BPD, question_BTD),
+        tokens=ask.tokens,
+        text_valid_BT=valid_BT,
+        alpha=ask.options.alpha,
+        text_temperature=ask.options.text_temperature,
+        vision_temperature=ask.options.vision_temperature,
+    )
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens)
+
+
+ENTRIES = {
+    "mmtok": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=ABOUT_QUESTION,
+        classes=("similarity", "query"),
+        reads="question, projected patches, patches",
+        source="arXiv 2508.18264",
+    )
+}

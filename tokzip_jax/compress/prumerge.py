@@ -17,15 +17,18 @@ attention. How many centres there are depends on the picture: they are static sl
                          as many of the lowest other patches are forgotten. "none": the grid first, then outliers.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from tokzip_jax.compress import ops
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.compress.entry import Ask, Encoder, Tower, option
+from tokzip_jax.compress.prumerge_centres import adaptive_centres, by_attention, fixed_centres, outliers
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 MERGES = ("official", "paper")
 COUNTS = ("sample", "batch", "fixed")
@@ -71,25 +74,6 @@ def giant_attention(queries_BSD: Array, keys_BSD: Array) -> Array:
     return jax.nn.softmax(logits_BS, axis=1)[:, 1:]
 
 
-def outliers(attention_BP: Array, count: str) -> tuple[Array, Array]:
-    """How many centres the pictures want, and the stride of PruMerge+'s grid: both [B] int32.
-
-    Args:
-        attention_BP: [B, P].
-        count: "sample" or "batch", see the module.
-    """
-    batch, patches = attention_BP.shape
-    score = attention_BP.astype(jnp.float32)
-    rows = score.reshape(1, -1) if count == "batch" else score
-    low, high = jnp.percentile(rows, jnp.array([25.0, 75.0]), axis=1)[..., None]
-    number = jnp.sum(rows > high + 1.5 * (high - low), axis=1)
-    # Both follow from the number through float64 ratios, so they are tables. No outlier: a grid as for one.
-    ratio = np.arange(rows.shape[1] + 1) / rows.shape[1]
-    stride = np.maximum((1.0 / np.maximum(ratio, ratio[1])).astype(np.int32) // 3, 1)
-    kept = (patches * ratio).astype(np.int32) if count == "batch" else np.arange(patches + 1, dtype=np.int32)
-    return tuple(jnp.broadcast_to(jnp.asarray(table)[number], (batch,)) for table in (kept, stride))
-
-
 @functools.partial(jax.jit, static_argnames=("tokens", "count", "neighbours", "merge"))
 def prumerge(
     patches_BPD: Array,
@@ -120,7 +104,7 @@ def prumerge(
         ValueError: a number out of range, an unknown option, or shapes that do not fit.
     """
     slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count)
-    order_BP, _ = _by_attention(attention_BP)
+    order_BP, _ = by_attention(attention_BP)
     centre_BK = order_BP[:, :slots]
     if count == "fixed":
         valid_BK = jnp.ones(centre_BK.shape, bool)
@@ -164,51 +148,12 @@ def prumerge_plus(
     if repeats not in REPEATS:
         raise ValueError(f"PruMerge+: repeats = {repeats!r} is unknown; choose one of {', '.join(REPEATS)}")
     if count == "fixed":
-        centre_BK, candidate_BC = _fixed_centres(attention_BP, slots, repeats)
+        centre_BK, candidate_BC = fixed_centres(attention_BP, slots, repeats)
         valid_BK = jnp.ones(centre_BK.shape, bool)
     else:
-        centre_BK, valid_BK = _adaptive_centres(attention_BP, slots, count)
+        centre_BK, valid_BK = adaptive_centres(attention_BP, slots, count)
         candidate_BC = None
     return _compress(patches_BPD, attention_BP, keys_BSD, centre_BK, valid_BK, candidate_BC, neighbours, merge)
-
-
-def _by_attention(attention_BP: Array) -> tuple[Array, Array]:
-    """Patches by falling attention (of equal ones the lower first), and the rank of each: both [B, P] int32."""
-    order_BP = jnp.argsort(-lax.stop_gradient(attention_BP).astype(jnp.float32), axis=1, stable=True)
-    return order_BP.astype(jnp.int32), jnp.argsort(order_BP, axis=1).astype(jnp.int32)
-
-
-def _adaptive_centres(attention_BP: Array, slots: int, count: str) -> tuple[Array, Array]:
-    """PruMerge+'s centres [B, slots] and which slots are filled: outliers and a grid, the best `slots` of them."""
-    patches = attention_BP.shape[1]
-    order_BP, rank_BP = _by_attention(attention_BP)
-    number = jnp.arange(patches, dtype=jnp.int32)[None]
-    wanted, stride = (x[:, None] for x in outliers(attention_BP, count))
-    is_top_BP = rank_BP < wanted
-    # The last patch is never on the released grid.
-    keep_BP = is_top_BP | ((number % stride == 0) & (number < patches - 1))
-    better_BP = ops.rank(jnp.take_along_axis(keep_BP, order_BP, axis=1))  # how many wanted ones are better; by rank
-    keep_BP &= jnp.take_along_axis(better_BP, rank_BP, axis=1) < slots
-    key_BP = jnp.where(keep_BP, jnp.where(is_top_BP, rank_BP, patches + number), 2 * patches + number)
-    centre_BK = jnp.argsort(key_BP, axis=1)[:, :slots].astype(jnp.int32)
-    return centre_BK, jnp.take_along_axis(keep_BP, centre_BK, axis=1)
-
-
-def _fixed_centres(attention_BP: Array, slots: int, repeats: str) -> tuple[Array, Array | None]:
-    """PruMerge+'s centres with a fixed count, and with official repeats the list of patches to be taken in."""
-    batch, patches = attention_BP.shape
-    places = ops.evenly_spaced(patches, slots // 2).astype(np.int32)
-    top = slots - len(places)
-    grid_BG = jnp.broadcast_to(places[None], (batch, len(places)))
-    on_grid_BP = jnp.broadcast_to(np.isin(np.arange(patches), places)[None], (batch, patches))
-    if repeats == "none":
-        order_BP, _ = _by_attention(jnp.where(on_grid_BP, -jnp.inf, attention_BP))
-        return jnp.concatenate([order_BP[:, :top], grid_BG], axis=1), None
-    order_BP, rank_BP = _by_attention(attention_BP)
-    centre_BK = jnp.concatenate([order_BP[:, :top], grid_BG], axis=1)
-    # A list of P in all: for every centre that repeats another one, the lowest of the other patches is left out.
-    other_BP = jnp.where((rank_BP < top) | on_grid_BP, -1, jnp.arange(patches, dtype=jnp.int32)[None])
-    return centre_BK, jnp.concatenate([centre_BK, jnp.sort(other_BP, axis=1)[:, slots:]], axis=1)
 
 
 def _compress(
@@ -297,3 +242,52 @@ def _check(
             f"({batch}, {1 + patches}, head width)"
         )
     return tokens - int(merge == "official")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """See the module; merge "paper" reads the features' own block, "official" the last one."""
+
+    count: str = option("sample", choices=COUNTS)
+    neighbours: int = option(32, low=1)
+    merge: str = option("official", choices=MERGES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlusOptions(Options):
+    """PruMerge+'s."""
+
+    repeats: str = option("official", choices=REPEATS)
+
+
+def _signals(options: Options) -> tuple[str, ...]:
+    return ("cls_attention_BP", "keys_BSH") if options.merge == "paper" else ("last_queries_BSD", "last_keys_BSD")
+
+
+def _applied(function: Callable[..., VisualTokens]) -> Callable[[VisionFeatures, Ask], VisualTokens]:
+    def apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+        first, keys_BSD = (features.signals[name] for name in _signals(ask.options))
+        attention_BP = first if ask.options.merge == "paper" else giant_attention(first, keys_BSD)
+        options = dataclasses.asdict(ask.options)
+        return function(features.patches_BPD, attention_BP, keys_BSD, tokens=ask.tokens, **options)
+
+    return apply
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens, neighbours=options.neighbours, merge=options.merge)
+
+
+_COMMON = {
+    "budget": _budget,
+    "signals": _signals,
+    "cls": True,
+    "classes": ("attention", "similarity"),
+    "reads": "CLS attention of the last block, keys",
+    "count": "adaptive, up to the budget",
+    "source": "arXiv 2403.15388",
+}
+ENTRIES = {
+    "prumerge": Encoder(function=_applied(prumerge), options=Options, **_COMMON),
+    "prumerge_plus": Encoder(function=_applied(prumerge_plus), options=PlusOptions, **_COMMON),
+}

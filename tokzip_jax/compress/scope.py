@@ -7,15 +7,17 @@ The released code reads features and attention of the second-to-last block (sali
 and can add gain and saliency instead ("add").
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
 from tokzip_jax.compress.select import check_tokens
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 COMBINE = ("multiply", "add")
 
@@ -90,3 +92,34 @@ def scope(
     similarity_BPP = ops.cosine(features_BPH, features_BPH)
     _, chosen_BP = covering(similarity_BPP, weight_BP, valid_BP, tokens, combine)
     return fill(patches_BPD, chosen_BP & valid_BP, tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See `scope`."""
+
+    alpha: float = option(1.0, low=0.0)
+    combine: str = option("multiply", choices=COMBINE)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    saliency_BP, options = features.signals["cls_attention_BP"], ask.options
+    return scope(features.patches_BPD, saliency_BP, tokens=ask.tokens, alpha=options.alpha, combine=options.combine)
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens)
+
+
+ENTRIES = {
+    "scope": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=("cls_attention_BP",),
+        cls=True,
+        classes=("attention", "similarity"),
+        reads="CLS attention, patches",
+        source="arXiv 2510.24214",
+    )
+}

@@ -1,13 +1,16 @@
 """Selection that looks at nothing: the baselines that every clever rule has to beat."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokzip_jax.compress import ops
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.compress.entry import Ask, Encoder, NoOptions, Selecting, Tower
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_tokens(name: str, patches: int, tokens: int) -> None:
@@ -82,3 +85,36 @@ def everything(patches_BPD: Array) -> VisualTokens:
         size_BM=jnp.ones((batch, patches), jnp.int32),
         source_BP=index_BP,
     )
+
+
+def selection_budget(name: str) -> Callable[[Tower, int, Any], None]:
+    """The budget check of a method that keeps 1 .. P patches, whatever its options."""
+    return lambda tower, tokens, options: check_tokens(name, tower.patches, tokens)
+
+
+def _random(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    if ask.key is None:
+        raise ValueError("random: key is None; random selection needs a JAX random key")
+    return random(features.patches_BPD, tokens=ask.tokens, key=ask.key)
+
+
+def _uniform(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return uniform(features.patches_BPD, tokens=ask.tokens)
+
+
+def _everything(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return everything(features.patches_BPD)
+
+
+def _everything_budget(tower: Tower, tokens: int, options: NoOptions) -> None:
+    if tokens not in (0, tower.patches):
+        raise ValueError(
+            f"none: {tokens} tokens asked, but all {tower.patches} patches pass; tokens must be 0 or {tower.patches}"
+        )
+
+
+ENTRIES = {
+    "none": Encoder(function=_everything, budget=_everything_budget, count="all patches"),
+    "random": Encoder(function=_random, budget=selection_budget("random"), options=Selecting, source="baseline"),
+    "uniform": Encoder(function=_uniform, budget=selection_budget("uniform"), options=Selecting, source="baseline"),
+}

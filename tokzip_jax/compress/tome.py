@@ -10,18 +10,17 @@ of the size is added to the key's logits).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokzip_jax.compress import bipartite
-from tokzip_jax.compress.bipartite import Merged
-from tokzip_jax.types import Array, VisualTokens
-
-# What stands between attention and MLP of a block: (tokens, its keys [B, T, H], its CLS row [B, T]) -> fewer tokens.
-Between = Callable[[Merged, Array, Array], Merged]
+from tokzip_jax.compress.bipartite import Between, Merged
+from tokzip_jax.compress.entry import Ask, Encoder, NoOptions, Plan, Tower, option
+from tokzip_jax.compress.select import everything
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_budget(patches: int, tokens: int) -> None:
@@ -131,3 +130,58 @@ def tome(patches_BPD: Array, metric_BPH: Array, *, tokens: int) -> VisualTokens:
         state = bipartite.merge(state, pairs)
     result = bipartite.finish(state, cls=False)
     return dataclasses.replace(result, tokens_BMD=result.tokens_BMD.astype(patches_BPD.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """See `removals`; proportional attention as in section 3 of the paper."""
+
+    inflect: float = option(0.0, low=-1.0, high=1.0)
+    proportional: bool = option(True)
+
+
+def inside(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    """What a tower in which tokens merged hands over (also FOLDER's); all patches, where nothing had to be removed."""
+    if "position_BM" not in features.signals:
+        return everything(features.patches_BPD)
+    books = (features.signals[name] for name in ("position_BM", "size_BM", "source_BP"))
+    return merged(features.patches_BPD, *books)
+
+
+def _plan(tower: Tower, tokens: int, options: Options) -> Plan:
+    counts = removals(tower.patches, tokens, tower.blocks, inflect=options.inflect)
+    return Plan(between=between(counts), removed=dict(enumerate(counts)), proportional=options.proportional)
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    removals(tower.patches, tokens, tower.blocks, inflect=options.inflect)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return tome(features.patches_BPD, features.signals["keys_BSH"][:, int(ask.tower.cls) :], tokens=ask.tokens)
+
+
+def _features_budget(tower: Tower, tokens: int, options: NoOptions) -> None:
+    check_budget(tower.patches, tokens)
+
+
+ENTRIES = {
+    "tome": Encoder(
+        function=inside,
+        budget=_budget,
+        options=Options,
+        plan=_plan,
+        cls=True,
+        classes=("similarity",),
+        reads="keys inside every block",
+        source="arXiv 2210.09461",
+    ),
+    "tome_features": Encoder(
+        function=_apply,
+        budget=_features_budget,
+        signals=("keys_BSH",),
+        classes=("similarity",),
+        reads="keys, patches",
+        source="arXiv 2210.09461",
+    ),
+}

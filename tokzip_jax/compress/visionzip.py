@@ -14,6 +14,7 @@ numbers come from it:
              "even":     the middles of m equal parts of the list.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokzip_jax.compress import ops
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 MERGES = ("official", "paper")
 TARGETS = ("official", "even")
@@ -161,3 +163,59 @@ def _check_arguments(
             f"VisionZip: keys have shape {keys.shape}; {patches} patches {kind} need "
             f"({batch}, {prefix + patches}, head width)"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See the module; `contextual` of the budget's tokens are merged ones, the others dominant (CLS among them)."""
+
+    contextual: int = option(0, low=0, share=True)
+    merge: str = option("official", choices=MERGES)
+    targets: str = option("official", choices=TARGETS)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    return visionzip(
+        features.patches_BPD,
+        features.cls_BD,
+        features.signals["cls_attention_BP"],
+        features.signals["keys_BSH"],
+        dominant=ask.tokens - ask.options.contextual,
+        contextual=ask.options.contextual,
+        merge=ask.options.merge,
+        targets=ask.options.targets,
+    )
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    contextual, patches = options.contextual, tower.patches
+    if options.restore and contextual:
+        raise ValueError(
+            f"visionzip: options.contextual = {contextual} leaves no patch to options.restore = {options.restore}; one "
+            "of them must be 0"
+        )
+    if not 1 <= tokens <= patches + 1:
+        raise ValueError(
+            f"visionzip: {tokens} tokens (the CLS token is one of them) asked of {patches} patches; "
+            f"it must be 1 .. {patches + 1}"
+        )
+    if contextual >= tokens:
+        raise ValueError(
+            f"visionzip: {contextual} contextual of {tokens} tokens leave no place for the CLS token; "
+            f"options.contextual must be 0 .. {tokens - 1}"
+        )
+    check_budget(patches, tokens - contextual, contextual)
+
+
+ENTRIES = {
+    "visionzip": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=("cls_attention_BP", "keys_BSH"),
+        cls=True,
+        classes=("attention", "similarity"),
+        reads="CLS attention, keys",
+        source="arXiv 2412.04467",
+    )
+}

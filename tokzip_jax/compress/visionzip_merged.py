@@ -6,15 +6,19 @@ VisionZip: dominant groups are kept, of the others a few become targets and the 
 alike. A merged token takes the place of its target: what is kept stays in raster order, at its original positions.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from tokzip_jax.compress import ops
+from tokzip_jax.compress.entry import Ask, Encoder, Tower, option
 from tokzip_jax.compress.greedy import check_shape, in_raster_order
+from tokzip_jax.compress.visionzip import MERGES, TARGETS, visionzip
 from tokzip_jax.compress.visionzip import check_budget as check_visionzip
-from tokzip_jax.compress.visionzip import visionzip
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_budget(groups: int, dominant: int, contextual: int) -> None:
@@ -101,3 +105,87 @@ def visionzip_merged(
         targets=targets,
     )
     return in_raster_order(result)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """See the module; a group is `side` x `side` patches, `contextual` of the budget's tokens are merged ones."""
+
+    side: int = option(2, low=1)
+    contextual: int = option(0, low=0, share=True)
+    merge: str = option("official", choices=MERGES)
+    targets: str = option("official", choices=TARGETS)
+
+
+def group_of(rows: int, columns: int, side: int) -> np.ndarray:
+    """The group of every patch, raster order on both sides: [P]."""
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return row // side * (columns // side) + column // side
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    """On a tower that does not merge patches itself: a group's token is the average of its patches."""
+    tower, options = ask.tower, ask.options
+    group_P = group_of(tower.rows, tower.columns, options.side)
+    by_group_P = np.argsort(group_P, kind="stable")
+    window_P = group_of(tower.rows, tower.columns, tower.window) + 1 if tower.window else None
+    batch, patches, width = features.patches_BPD.shape
+
+    def heads(name: str) -> Array:
+        x_BPD = features.signals[name][:, int(tower.cls) :]
+        return x_BPD.reshape(batch, patches, tower.heads, -1).swapaxes(1, 2)
+
+    queries, keys = heads("last_queries_BSD"), heads("last_keys_BSD")
+    segment = None if window_P is None else jnp.broadcast_to(jnp.asarray(window_P)[None], (batch, patches))
+    score_BP = ops.received_attention(queries, keys, segment_BS=segment)
+    keys_BPH = jnp.mean(keys.astype(jnp.float32), axis=1)
+    grouped = features.patches_BPD[:, by_group_P].astype(jnp.float32)
+    tokens_BGD = jnp.mean(grouped.reshape(batch, -1, options.side**2, width), axis=2).astype(features.patches_BPD.dtype)
+    result = visionzip_merged(
+        tokens_BGD,
+        score_BP[:, by_group_P],
+        keys_BPH[:, by_group_P],
+        dominant=ask.tokens - options.contextual,
+        contextual=options.contextual,
+        merge=options.merge,
+        targets=options.targets,
+    )
+    # In patches again: a group stands at its first one.
+    first_G = jnp.asarray(by_group_P[:: options.side**2].astype(np.int32))
+    return dataclasses.replace(
+        result,
+        position_BM=first_G[result.position_BM],
+        size_BM=result.size_BM * options.side**2,
+        source_BP=result.source_BP[:, group_P],
+    )
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    side = options.side
+    if tower.rows % side or tower.columns % side:
+        raise ValueError(
+            f"visionzip_merged: groups of {side} x {side} patches do not fill a grid of {tower.rows} x "
+            f"{tower.columns}; options.side must divide both"
+        )
+    groups = tower.patches // side**2
+    if not 1 <= tokens <= groups:
+        raise ValueError(f"visionzip_merged: {tokens} tokens asked of {groups} groups; it must be 1 .. {groups}")
+    if options.contextual > tokens:
+        raise ValueError(
+            f"visionzip_merged: {options.contextual} contextual of {tokens} tokens; options.contextual must be 0 .. "
+            f"{tokens}"
+        )
+    check_budget(groups, tokens - options.contextual, options.contextual)
+
+
+ENTRIES = {
+    "visionzip_merged": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=("last_queries_BSD", "last_keys_BSD"),
+        classes=("attention", "similarity"),
+        reads="attention that patches receive in the last block, keys",
+        source="arXiv 2412.04467",
+    )
+}

@@ -5,6 +5,7 @@ duplicates are taken a few at a time until the rest of the budget is left: even 
 place, and the up to `step` even ones with the best match are dropped. Nothing is merged; kept patches stay as they are.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from tokzip_jax.compress import ops
-from tokzip_jax.types import Array, VisualTokens
+from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
+from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
 def check_budget(patches: int, tokens: int, *, important: float = 0.5, step: int = 8) -> None:
@@ -98,3 +100,35 @@ def _round(similarity_BPP: Array, place_BP: Array, count: Array) -> tuple[Array,
     stays = jnp.sum(even_BP, axis=1, keepdims=True, dtype=jnp.int32) - count
     place_BP = jnp.where(even_BP, rank_BP - count, jnp.where(odd_BP, stays + place_BP // 2, gone))
     return jnp.where(place_BP < 0, gone, place_BP), None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Selecting):
+    """See `vispruner`."""
+
+    important: float = option(0.5, low=0.0, high=1.0)
+    step: int = option(8, low=1)
+
+
+def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
+    attention_BP = features.signals["cls_attention_BP"]
+    important, step = ask.options.important, ask.options.step
+    return vispruner(features.patches_BPD, attention_BP, tokens=ask.tokens, important=important, step=step)
+
+
+def _budget(tower: Tower, tokens: int, options: Options) -> None:
+    check_budget(tower.patches, tokens, important=options.important, step=options.step)
+
+
+ENTRIES = {
+    "vispruner": Encoder(
+        function=_apply,
+        budget=_budget,
+        options=Options,
+        signals=("cls_attention_BP",),
+        cls=True,
+        classes=("attention", "similarity"),
+        reads="CLS attention, patches",
+        source="arXiv 2412.01818",
+    )
+}
