@@ -143,9 +143,16 @@ def rows() -> dict[str, c.RowConfig]:
         **{f"auto {threshold:g}": choosing(threshold) for threshold in (0.01, 0.1, 0.5)},
     }
     for tokens in BUDGETS:
-        merging = c.MethodConfig(encoder="visionzip", tokens=tokens, contextual=tokens // 4)
+        merging = c.MethodConfig(encoder="visionzip", tokens=tokens, options={"contextual": tokens // 4})
         table[f"VisionZip {tokens}"] = c.RowConfig(method=merging)
+    for tokens in BUDGETS:
+        highest, lowest = (
+            c.MethodConfig(encoder="cls_attention", tokens=tokens, options={"order": order})
+            for order in ("highest", "lowest")
+        )
+        table[f"highest CLS attention {tokens}"] = c.RowConfig(method=highest)
         table[f"random {tokens}"] = c.RowConfig(method=c.MethodConfig(encoder="random", tokens=tokens), seeds=3)
+        table[f"lowest CLS attention {tokens}"] = c.RowConfig(method=lowest)
     return {
         **table,
         "uncompressed after VoCo": c.RowConfig(stage="voco1"),
