@@ -11,7 +11,7 @@ import pytest
 import tiny_model as tiny
 from small_run import quick_compiles
 
-from tokzip_jax import compress, config_check, encoder_site, vlm, voco
+from tokzip_jax import compress, config_check, encoder_site, method_check, vlm, voco
 from tokzip_jax.compress import ENCODER, Ask, Tower, downsample, resize_positions, restore
 from tokzip_jax.compress.cdpruner import cdpruner
 from tokzip_jax.compress.divprune import divprune
@@ -135,6 +135,20 @@ def test_words_of_the_question_and_projected_patches():
     expected = cdpruner(projected, relevance, tokens=5, sign="plain").position_BM
     np.testing.assert_array_equal(found("cdpruner")[0].position_BM, expected)
     np.testing.assert_array_equal(found("divprune")[0].position_BM, divprune(projected, tokens=5).position_BM)
+
+
+def test_raster_positions_in_the_model():
+    """A token stands on the id of its place, text behind all sixteen patches."""
+    kept = dataclasses.replace(CASES["restore"], positions="raster")
+    run = jax.jit(lambda p, b: vlm.forward(CFG, p, b, kept).layout.stream)
+    stream = jax.device_get(run(tiny.params(), BATCH))
+    for row, place in enumerate(found("restore")[0].position_BM):
+        np.testing.assert_array_equal(stream.position[row][stream.kind[row] == VISION], 1 + place)
+        text = stream.position[row][stream.kind[row] == TEXT]
+        np.testing.assert_array_equal(text, 1 + 16 + np.arange(len(text)))
+    for wrong in ({"voco": 1, "voco_mask": "voco"}, {"projector": "qformer"}):
+        with pytest.raises(ValueError, match=r"x\.positions = 'raster' needs tokens with a place each, which"):
+            method_check.check("x", dataclasses.replace(MethodConfig(positions="raster"), **wrong), CFG)
 
 
 def test_downsampling_is_a_smaller_model_on_smaller_pictures():
