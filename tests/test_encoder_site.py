@@ -225,7 +225,7 @@ REFUSED = {
         method("vispruner", important=1.5),
         r"x\.options\.important = 1\.5 must lie between 0\.0 and 1\.0",
     ),
-    "not above": (CFG, method("mmtok", text_temperature=0), r"x\.options\.text_temperature = 0\.0 must be above 0\.0"),
+    "not above": (CFG, method("mmtok", text_temperature=0), r"x\.options\.text_temperature = 0 must be above 0\.0"),
     "nan": (CFG, method("scope", alpha=float("nan")), r"x\.options\.alpha = nan must be at least 0\.0"),
     "cls_attention": (
         CFG,
