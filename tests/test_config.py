@@ -23,12 +23,12 @@ from tokzip_jax.config import (
     MethodConfig,
     ModelConfig,
     OptimConfig,
-    Options,
     RowConfig,
     RunConfig,
     StageConfig,
     VitConfig,
 )
+from tokzip_jax.options import Options
 
 VIT = VitConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_dim=32)
 LLM = LlmConfig(vocab_size=64, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=32, max_positions=128)

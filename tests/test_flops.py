@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokzip_jax import decoder_site, flops, layout, llm, stack
+from tokzip_jax import decoder_site, encoder_site, flops, layout, llm, stack, vit
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.masks import TABLES
 
@@ -78,6 +78,66 @@ def test_vit_flops_of_clip_l():
     # The 23 blocks that LLaVA's feature layer needs, and all 24.
     assert flops.vit_flops(VitConfig()) == pytest.approx(365e9, rel=0.01)
     assert flops.vit_flops(VitConfig(feature_layer=-1)) == pytest.approx(381e9, rel=0.01)
+
+
+TOWER = VitConfig(image_size=64, patch_size=8, width=128, layers=3, heads=4, mlp_dim=256)
+INSIDE = {
+    "none": MethodConfig(),
+    "tome": MethodConfig(encoder="tome", tokens=30),
+    "folder_block": MethodConfig(encoder="folder_block", tokens=9),
+    "downsample": MethodConfig(encoder="downsample", tokens=16),
+    "dart": MethodConfig(encoder="dart", tokens=16),
+}
+
+
+def test_tower_flops_block_by_block():
+    """What every block of the tower sees, written out: two blocks before the features, of three; 65 tokens."""
+
+    def block(seen, left):
+        return 2 * seen * 128 * 4 * 128 + 4 * seen**2 * 128 + 2 * left * 128 * 2 * 256
+
+    def patching(patches):
+        return 2 * patches * 3 * 8 * 8 * 128
+
+    model = ModelConfig(vit=TOWER)
+    expected = {
+        "none": patching(64) + 2 * block(65, 65),
+        "tome": patching(64) + block(65, 48) + block(48, 31),
+        "folder_block": patching(64) + block(65, 65) + block(65, 10),
+        "downsample": patching(16) + 2 * block(17, 17),
+        "dart": patching(64) + 3 * block(65, 65),  # it reads the last block
+    }
+    left = {"none": 64, "tome": 30, "folder_block": 9, "downsample": 16, "dart": 64}
+    for name, method in INSIDE.items():
+        ours = flops.ledger(model, method, text_tokens=4)
+        assert (ours.vit_flops, ours.patches) == (expected[name], left[name])
+        assert ours.encoder_tokens == ours.visual_tokens == (method.tokens or 64)
+
+
+def test_tower_flops_within_five_percent_of_xla():
+    """Where every block merges, each is a program of its own, and XLA counts them all."""
+    model = ModelConfig(vit=dataclasses.replace(TOWER, width=256, mlp_dim=1024))
+    for name in ("tome", "downsample"):
+        one = dataclasses.replace(model, vit=dataclasses.replace(model.vit, layers=2, feature_layer=-2))
+        cfg = model if name == "tome" else one  # of a plain tower XLA counts one block
+        run = functools.partial(_features, cfg, INSIDE[name])
+        shapes = jax.eval_shape(functools.partial(vit.init, cfg.vit), jax.random.key(0))
+        images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        counted = jax.jit(run).lower(shapes, images).cost_analysis()["flops"]
+        assert flops.tower_flops(cfg, INSIDE[name]) == pytest.approx(counted, rel=0.05)
+
+
+def _features(cfg, method, params, images):
+    tokens, _, _ = encoder_site.run(cfg, params, images, method, jax.random.key(0), project=lambda tokens, cls: tokens)
+    return tokens.tokens_BMD
+
+
+def test_a_method_that_compares_projected_patches_projects_them_first():
+    kept = MethodConfig(encoder="divprune", tokens=64)
+    patches = dataclasses.replace(kept, options={"compare": "patches"})
+    one = flops.projector_flops(VICUNA_7B, patches)
+    assert one == 64 * 2 * (1024 * 4096 + 4096 * 4096)
+    assert flops.projector_flops(VICUNA_7B, kept) == one + one * 576 // 64
 
 
 def test_kv_bytes_of_published_tables():

@@ -101,6 +101,29 @@ def test_two_images_with_separators_and_text_between():
     assert found["position"] == [*range(15)]
 
 
+def test_raster_positions_by_hand():
+    """Two pictures of ten patches; of the first, tokens for patches 4 and (out of order) 1, of the second CLS and 9."""
+    tokens = [*shared(1, "i", 3, "i"), (5, 1, 1, False), (6, 2, 1, False), *shared("i", sample=2)]
+    valid = np.array([[[True, True, False], [True, False, True], [True, True, True]]])
+    place = np.array([[4, 1, 7, -1, 3, 9, 0, 5, 9]])
+    batch = {name: np.array([values]) for name, values in zip(("ids", "thread", "sample", "supervised"), zip(*tokens))}
+    batch["ids"] = np.array([[{"i": IMAGE_ID}.get(token, token) for token, *_ in tokens]])
+    batch = {**batch, "supervised": np.zeros((1, len(tokens)), bool)}
+    slots = expand(batch, valid, voco=0, voco_count=0)
+    found = np.asarray(jax.jit(layout.raster_positions, static_argnums=2)(slots, place, 10).position)[0]
+    seen = [(LETTERS[int(kind)], int(at)) for kind, at in zip(slots.stream.kind[0], found) if kind != PAD]
+    first, second = [("v", 5), ("v", 2)], [("v", 12), ("v", 21)]
+    # Text behind the second picture stands on 22 in either thread; the second sample counts on its own.
+    expected = [("p", 0), *first, ("p", 11), *second, ("t", 22), ("t", 22), ("v", 0), ("v", 5), ("v", 9)]
+    assert [at for _, at in seen] == [at for _, at in expected]
+    assert [kind == "v" for kind, _ in seen] == [kind == "v" for kind, _ in expected]
+    # With every patch at its place nothing changes.
+    whole = np.tile(np.arange(3), 3)[None]
+    slots = expand(batch, np.ones((1, 3, 3), bool), voco=0, voco_count=0)
+    found = jax.jit(layout.raster_positions, static_argnums=2)(slots, whole, 3)
+    np.testing.assert_array_equal(found.position, slots.stream.position)
+
+
 def test_samples_of_a_row_are_apart():
     """Two samples with a picture each, then a text-only one, whose first token follows nothing."""
     found = drawn([*shared("i", "c"), *shared(1, "i", "c", 5, sample=2), (6, 0, 3, True), (7, 0, 3, True)])

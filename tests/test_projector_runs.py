@@ -13,7 +13,7 @@ import tiny_model as tiny
 from small_run import quick_compiles
 
 from tokzip_jax import config as c
-from tokzip_jax import config_check, layout, sharding, step, vlm, voco
+from tokzip_jax import config_check, layout, method_check, sharding, step, vlm, voco
 from tokzip_jax.compress import everything
 from tokzip_jax.optim import DECAY
 from tokzip_jax.paths import first_match, flatten, map_with_path
@@ -247,7 +247,7 @@ BAD = {
 def test_what_cannot_work_is_one_sentence(case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message) as error:
-        config_check.check_method("x", c.MethodConfig(**options), CFG)
+        method_check.check("x", c.MethodConfig(**options), CFG)
     assert "\n" not in str(error.value)
 
 
@@ -263,11 +263,11 @@ SIZED = {
 @pytest.mark.parametrize("name", SIZED)
 def test_sizes_that_no_projector_can_have(name):
     sizes, message = SIZED[name]
-    config_check.check_method("x", METHODS[name], CFG)
+    method_check.check("x", METHODS[name], CFG)
     wrong = dataclasses.replace(CFG, projector=dataclasses.replace(SIZES, **sizes))
     with pytest.raises(ValueError, match=message):
-        config_check.check_method("x", METHODS[name], wrong)
-    config_check.check_method("x", c.MethodConfig(), wrong)  # nobody else minds
+        method_check.check("x", METHODS[name], wrong)
+    method_check.check("x", c.MethodConfig(), wrong)  # nobody else minds
 
 
 def whole_run(stage, row, questions=1):

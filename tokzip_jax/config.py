@@ -5,22 +5,8 @@ A config file builds a `RunConfig`, `to_config_dict` makes it editable from the 
 """
 
 import dataclasses
-from typing import Any, NoReturn
 
-
-class Options(dict[str, Any]):
-    """Options of a method: a dict that cannot change, so that a config which holds it can be compared and hashed."""
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
-        return Options, (dict(self),)
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("options of a config cannot change; make new ones: Options({**old, 'name': value})")
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+from tokzip_jax.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +115,9 @@ class MethodConfig:
     decoder_scale: float = 13.5  # sparsevlm_v1: keeps int(scale * rank + bias), at most decoder_keep
     decoder_bias: float = 0.0  # sparsevlm_v1
     decoder_heads: int = 14  # sparsevlm_plus: heads that are averaged (official: 14, whatever the model has)
-    positions: str = "original"  # or "compact": what text cannot see takes no position id (video; needs mask "voco")
+    # "original": an id a token. "compact": what text cannot see takes no id (video; needs mask "voco"). "raster": a
+    # token keeps the id of its place in the whole picture (RESTORE).
+    positions: str = "original"
 
     def __post_init__(self) -> None:
         """A plain dict will do for `options`."""

@@ -17,7 +17,8 @@ from typing import Any
 import ml_collections
 from absl import app
 
-from tokzip_jax.config import Options, RunConfig
+from tokzip_jax.config import RunConfig
+from tokzip_jax.options import Options
 
 _SCALARS = (bool, int, float, str)
 

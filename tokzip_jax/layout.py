@@ -173,6 +173,34 @@ def compact_positions(stream: TokenStream) -> TokenStream:
     return dataclasses.replace(stream, position=jnp.where(kind == PAD, 0, stream.position - gone))
 
 
+def raster_positions(slots: Layout, place_BV: Array, patches: int) -> TokenStream:
+    """Positions as if no picture had been compressed: a visual token has the id of the patch whose place it takes.
+
+    What follows a picture stands behind all of its patches, whether they are there or not. A token without a place
+    (CLS) has its picture's first id. Order stays what it was: it is not read off position ids.
+
+    Args:
+        slots: as `expand` made them.
+        place_BV: [B, I*M] raster index of every visual token, -1 for none.
+        patches: of a whole picture.
+    """
+    stream = slots.stream
+    kind, segment, order, thread, sample = (
+        getattr(stream, name) for name in ("kind", "segment", "order", "thread", "sample")
+    )
+    vision = kind == VISION
+    before = (sample[:, None, :] == sample[:, :, None]) & (order[:, None, :] < order[:, :, None]) & vision[:, None, :]
+    before &= (thread[:, None, :] == 0) | (thread[:, None, :] == thread[:, :, None])
+    same = segment[:, None, :] == segment[:, :, None]
+    first = vision & ~jnp.any(before & same, axis=-1)  # of its picture
+    passed = before & first[:, None, :] & ~(vision[:, :, None] & same)
+    pictures, tokens = (jnp.sum(part, axis=-1, dtype=jnp.int32) for part in (passed, before))
+    place = jnp.take_along_axis(place_BV, jnp.maximum(slots.visual, 0), axis=1)
+    own = jnp.where(vision, jnp.maximum(place, 0), 0)
+    position = stream.position - tokens + pictures * patches + own
+    return dataclasses.replace(stream, position=jnp.where(kind == PAD, 0, position))
+
+
 def text_stream(ids: Array, *, thread: int | Array = 0) -> TokenStream:
     """The stream of plain text rows [B, T] (0 = padding), positions and order from 0: what stage two reads."""
     kind = jnp.where(ids > 0, TEXT, PAD).astype(jnp.int32)

@@ -189,6 +189,9 @@ def embed(
     slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
     if method.positions == "compact":
         slots = dataclasses.replace(slots, stream=layout.compact_positions(slots.stream))
+    if method.positions == "raster":
+        place = visual.position_BM.reshape(rows, -1)
+        slots = dataclasses.replace(slots, stream=layout.raster_positions(slots, place, cfg.vit.patches))
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
     return splice(cfg, params, slots, flat), slots, visual, pooled
 

@@ -26,6 +26,7 @@ from tokzip_jax.compress.registry import (
     option,
     options,
     scaled,
+    table,
 )
 from tokzip_jax.compress.relevance import question_relevance, question_similarity
 from tokzip_jax.compress.restore import restore, restore_bias
@@ -72,6 +73,7 @@ __all__ = [
     "scaled",
     "scope",
     "stride_pool",
+    "table",
     "tome",
     "uniform",
     "visionzip",

@@ -1,5 +1,6 @@
 """The table of encoder-site methods: `ENCODER`, name -> `Encoder`, made of the `ENTRIES` of the files listed here."""
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from tokzip_jax.types import VisionFeatures, VisualTokens
 __all__ = [
     "ENCODER",
     "FILES",
+    "FILE_OF",
     "Ask",
     "Encoder",
     "NoOptions",
@@ -23,6 +25,7 @@ __all__ = [
     "option",
     "options",
     "scaled",
+    "table",
 ]
 
 # A new method is one more line here.
@@ -43,11 +46,12 @@ FILES = (
     "cdpruner",
     "mmtok",
 )
-ENCODER: dict[str, Encoder] = {
-    name: entry
-    for file in FILES
-    for name, entry in importlib.import_module(f"tokzip_jax.compress.{file}").ENTRIES.items()
-}
+ENCODER: dict[str, Encoder] = {}
+FILE_OF: dict[str, str] = {}  # name -> the file that it stands in
+for _file in FILES:
+    _entries = importlib.import_module(f"tokzip_jax.compress.{_file}").ENTRIES
+    ENCODER.update(_entries)
+    FILE_OF.update(dict.fromkeys(_entries, f"tokzip_jax/compress/{_file}.py"))
 
 
 def options(name: str, given: Mapping[str, Any]) -> Any:
@@ -109,3 +113,25 @@ def apply(name: str, features: VisionFeatures, ask: Ask) -> VisualTokens:
     kept = _kept(ask.tokens, ask.options)
     result = ENCODER[name].function(features, ask._replace(tokens=kept))
     return result if kept == ask.tokens else restore(result, features.patches_BPD, tokens=ask.tokens)
+
+
+def table() -> str:
+    """All methods of the encoder site as a Markdown table: name, class of the survey, what is read, what comes out."""
+    lines = [
+        "| method | class | reads | needs | tokens out | options | good for other questions | source |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, entry in ENCODER.items():
+        needs = [word for word, needed in (("CLS", entry.cls), ("square grid", entry.square)) if needed]
+        cells = (
+            f"[{name}]({FILE_OF[name]})",
+            ", ".join(entry.classes) or "-",
+            entry.reads,
+            ", ".join(needs) or "-",
+            entry.count,
+            ", ".join(field.name for field in dataclasses.fields(entry.options)) or "-",
+            "no" if entry.question else "yes",
+            entry.source or "-",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

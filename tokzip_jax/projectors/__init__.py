@@ -8,7 +8,8 @@ import dataclasses
 
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.projectors import ldp, llamavid, mqt, plain, pooled, qformer, unshuffle
-from tokzip_jax.projectors.base import Context, Projector, require
+from tokzip_jax.projectors.base import Context, Projector
+from tokzip_jax.require import require
 
 __all__ = ["KEEPS_PLACES", "OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
 

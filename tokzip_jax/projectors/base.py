@@ -56,12 +56,6 @@ class Projector(NamedTuple):
     question: bool = False
 
 
-def require(ok: bool, message: str) -> None:
-    """Raise ValueError with a message unless `ok`."""
-    if not ok:
-        raise ValueError(message)
-
-
 def replace(tokens: VisualTokens, tokens_BMD: Array) -> VisualTokens:
     """The same tokens with other values."""
     return VisualTokens(**{**vars(tokens), "tokens_BMD": tokens_BMD})

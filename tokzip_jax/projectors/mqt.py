@@ -18,8 +18,8 @@ from tokzip_jax.projectors.base import (
     norm,
     picture_keys,
     queries,
-    require,
 )
+from tokzip_jax.require import require
 from tokzip_jax.types import Array, Params, VisualTokens
 
 EPS = 1e-6

@@ -17,8 +17,9 @@ from tokzip_jax.compress.pool import (
     stride_pool,
 )
 from tokzip_jax.config import MethodConfig, ModelConfig
-from tokzip_jax.projectors.base import Context, Projector, dense, mlp, mlp_flops, picture_keys, replace, require
+from tokzip_jax.projectors.base import Context, Projector, dense, mlp, mlp_flops, picture_keys, replace
 from tokzip_jax.projectors.plain import init_one_layer, init_two_layers, linear_flops
+from tokzip_jax.require import require
 from tokzip_jax.types import Params, VisualTokens
 
 

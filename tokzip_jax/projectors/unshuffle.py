@@ -2,7 +2,8 @@
 
 from tokzip_jax.compress.unshuffle import ORDERS, pixel_unshuffle
 from tokzip_jax.config import MethodConfig, ModelConfig
-from tokzip_jax.projectors.base import Context, Projector, init_mlp, init_norm, mlp, mlp_flops, norm, replace, require
+from tokzip_jax.projectors.base import Context, Projector, init_mlp, init_norm, mlp, mlp_flops, norm, replace
+from tokzip_jax.require import require
 from tokzip_jax.types import Array, Params, VisualTokens
 
 EPS = 1e-5
