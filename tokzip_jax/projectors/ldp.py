@@ -17,8 +17,8 @@ from tokzip_jax.projectors.base import (
     mlp_flops,
     norm,
     replace,
-    require,
 )
+from tokzip_jax.require import require
 from tokzip_jax.types import Array, Params, VisualTokens
 
 EPS = 1e-5

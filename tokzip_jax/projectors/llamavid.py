@@ -16,9 +16,9 @@ from tokzip_jax.projectors.base import (
     mlp,
     mlp_flops,
     norm,
-    require,
 )
 from tokzip_jax.projectors.qformer import VISION_EPS, check_reader, init_reader, read, reader_flops
+from tokzip_jax.require import require
 from tokzip_jax.types import Array, Params, VisualTokens
 
 

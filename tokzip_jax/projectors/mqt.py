@@ -18,8 +18,8 @@ from tokzip_jax.projectors.base import (
     norm,
     picture_keys,
     queries,
-    require,
 )
+from tokzip_jax.require import require
 from tokzip_jax.types import Array, Params, VisualTokens
 
 EPS = 1e-6
@@ -143,7 +143,5 @@ def _check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
 
 
 ENTRIES = {
-    "mqt": Projector(
-        _init, _apply, _count, _flops, check=_check, options=("queries", "draw_budget", "mqt_keys")
-    )
+    "mqt": Projector(_init, _apply, _count, _flops, check=_check, options=("queries", "draw_budget", "mqt_keys"))
 }

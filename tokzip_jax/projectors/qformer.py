@@ -19,8 +19,8 @@ from tokzip_jax.projectors.base import (
     init_norm,
     norm,
     queries,
-    require,
 )
+from tokzip_jax.require import require
 from tokzip_jax.types import Array, Params, VisualTokens
 
 EPS = 1e-12  # of the norms inside, which are BERT's
