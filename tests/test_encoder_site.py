@@ -11,7 +11,7 @@ import pytest
 import tiny_model as tiny
 from small_run import quick_compiles
 
-from tokzip_jax import compress, config_check, encoder_site, method_check, vlm, voco
+from tokzip_jax import compress, config_check, config_io, encoder_site, method_check, vlm, voco
 from tokzip_jax.compress import ENCODER, Ask, Tower, downsample, resize_positions, restore
 from tokzip_jax.compress.cdpruner import cdpruner
 from tokzip_jax.compress.divprune import divprune
@@ -307,6 +307,13 @@ def test_what_can_work_passes():
     encoder_site.check("x", CFG, dataclasses.replace(method("divprune", compare="patches"), **QFORMER))
     encoder_site.check("x", dataclasses.replace(CFG, attention="cudnn"), method("tome", 7, proportional=False))
     encoder_site.check("x", WINDOWS, method("downsample", 4))
+
+
+def test_config_round_trip():
+    cfg = RunConfig(rows={name: RowConfig(method=case) for name, case in CASES.items()})
+    assert config_io.from_json(config_io.to_json(cfg)) == cfg
+    assert config_io.from_config_dict(config_io.to_config_dict(cfg)) == cfg
+    assert len({row.method for row in cfg.rows.values()}) == len(CASES)
 
 
 def test_towers_without_a_cls_token_or_a_square():
