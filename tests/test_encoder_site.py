@@ -29,7 +29,7 @@ CASES = {
     "visionzip": MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2}),
     "visionzip_merged": MethodConfig(encoder="visionzip_merged", tokens=3, options={"contextual": 1}),
     "vispruner": MethodConfig(encoder="vispruner", tokens=6, options={"step": 2}),
-    "prumerge": MethodConfig(encoder="prumerge", tokens=6, options={"neighbours": 3}),
+    "prumerge": MethodConfig(encoder="prumerge", tokens=6, options={"neighbours": 3, "count": "fixed"}),
     "prumerge_plus": MethodConfig(encoder="prumerge_plus", tokens=9, options={"neighbours": 3, "merge": "paper"}),
     "holov": MethodConfig(encoder="holov", tokens=6, options={"crops": 4}),
     "scope": MethodConfig(encoder="scope", tokens=5),
@@ -43,7 +43,7 @@ CASES = {
     "mmtok": MethodConfig(encoder="mmtok", tokens=5),
     "restore": MethodConfig(encoder="cls_attention", tokens=6, options={"restore": 0.5}),
 }
-FEWER = {"prumerge", "prumerge_plus", "holov"}  # may leave slots empty
+FEWER = {"prumerge_plus", "holov"}  # may leave slots empty
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
