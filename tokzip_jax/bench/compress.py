@@ -51,7 +51,7 @@ class Method(NamedTuple):
     """An entry of `METHODS`.
 
     Attributes:
-        function: (inputs, tokens) -> `VisualTokens` with `tokens` slots.
+        function: (inputs x, tokens n) -> `VisualTokens` with n slots.
         kind: "one-shot", or "greedy" for one that chooses in a loop of rounds, each of which waits for the one before.
     """
 
@@ -65,10 +65,10 @@ def _parts(tokens: int) -> dict[str, int]:
     return {"dominant": tokens - contextual, "contextual": contextual}
 
 
-def _prumerge(function: Callable[..., VisualTokens], x: Inputs, tokens: int) -> VisualTokens:
+def _prumerge(function: Callable[..., VisualTokens], x: Inputs, n: int) -> VisualTokens:
     attention_BP = giant_attention(x.last_queries_BSD, x.last_keys_BSD)
     neighbours = min(32, x.patches_BPD.shape[1] - 1)
-    return function(x.patches_BPD, attention_BP, x.last_keys_BSD, tokens=tokens, neighbours=neighbours)
+    return function(x.patches_BPD, attention_BP, x.last_keys_BSD, tokens=n, neighbours=neighbours)
 
 
 METHODS = {
