@@ -39,7 +39,7 @@ def pointed(things: Things) -> Iterator[tuple[str, Thing]]:
         near = [thing for thing in things if _within(thing, row, column, -MARGIN)]
         if len(near) == 1 and _within(near[0], row, column, MARGIN):
             yield f"object in the {REGIONS[row][column]}", near[0]
-    for word, (axis, least) in ENDS.items():
+    for word, (axis, least) in ENDS.items() if len(things) > 1 else ():
         first, second = sorted(things, key=lambda thing: getattr(thing, axis), reverse=not least)[:2]
         if abs(getattr(first, axis) - getattr(second, axis)) >= GAP:
             yield f"{word} object", first
@@ -127,6 +127,8 @@ def bigger(things: Things) -> Iterator[Pair]:
 
 def extreme(things: Things) -> Iterator[Pair]:
     """ "what color is the biggest object?", "what shape is the smallest object?" """
+    if len(things) == 1:
+        return
     ordered = sorted(things, key=lambda thing: thing.size)
     for word, (end, inner) in {"smallest": ordered[:2], "biggest": ordered[:-3:-1]}.items():
         if max(end.size, inner.size) >= BIGGER * min(end.size, inner.size):
