@@ -144,6 +144,14 @@ def _check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
 
 ENTRIES = {
     "mqt": Projector(
-        _init, _apply, _count, _flops, check=_check, options=("queries", "draw_budget", "mqt_keys")
+        _init,
+        _apply,
+        _count,
+        _flops,
+        check=_check,
+        options=("queries", "draw_budget", "mqt_keys"),
+        classes=("query",),
+        outputs="queries",
+        source="arXiv 2405.19315",
     )
 }
