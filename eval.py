@@ -2,7 +2,7 @@
 
     python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
     python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
-    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--remeasure]
+    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--second_turn]
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
 not measured again unless `--remeasure` is given. The second one measures every row with the parameters at PATH in the
@@ -34,6 +34,7 @@ def run(
     again: bool = False,
     methods: tuple[str, ...] = (),
     budgets: tuple[int, ...] = sweep.BUDGETS,
+    second_turn: bool = False,
 ) -> str:
     """The table as text.
 
@@ -44,12 +45,15 @@ def run(
         rows: which rows; () = all, which also writes table and figures.
         again: also measure the rows whose result the workdir holds.
         methods, budgets: a sweep instead of the config's rows, see `sweep.plan`; () = none.
+        second_turn: with methods, also answers with tokens chosen for another question.
 
     Raises:
         ValueError: methods with a checkpoint or rows, a checkpoint without a config, a config without rows, or what
             `entry.start`, `sweep.plan` and the rows raise.
         FileNotFoundError: no run, or no checkpoint.
     """
+    if second_turn and not methods:
+        raise ValueError("--second_turn needs --methods, whose second turn is measured")
     if methods and (checkpoint or rows):
         raise ValueError(
             "--methods measures a run's own checkpoints at every budget: give neither --checkpoint nor --rows"
@@ -69,7 +73,7 @@ def run(
         workdir.read_config()  # says that there is no run
     with jax.set_mesh(mesh):
         if methods:
-            return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again)
+            return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again, second=second_turn)
         return report.make(Runner.create(cfg, workdir, mesh, checkpoint), rows, again=again)
 
 
@@ -83,6 +87,9 @@ if __name__ == "__main__":
     REMEASURE = flags.DEFINE_bool("remeasure", False, "Measure also what the workdir holds already.")
     METHODS = flags.DEFINE_list("methods", [], "Methods to measure instead of the rows: all, free, or names.")
     BUDGETS = flags.DEFINE_list("budgets", list(map(str, sweep.BUDGETS)), "Visual tokens of a picture, with --methods.")
+    SECOND = flags.DEFINE_bool(
+        "second_turn", False, "With --methods: tokens chosen for one question read for the next."
+    )
     flags.mark_flag_as_required("workdir")
 
     def main() -> None:
@@ -100,6 +107,7 @@ if __name__ == "__main__":
             again=REMEASURE.value,
             methods=tuple(METHODS.value),
             budgets=budgets,
+            second_turn=SECOND.value,
         )
         say(text)
 

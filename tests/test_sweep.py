@@ -9,14 +9,14 @@ import pytest
 import small_run
 from small_run import quick_compiles
 
-from tokzip_jax import sharding, sweep, sweep_run
+from tokzip_jax import second_turn, sharding, step, sweep, sweep_run
 from tokzip_jax.config import MethodConfig, OptimConfig
-from tokzip_jax.evals.runner import Runner
-from tokzip_jax.evals.shared import Memory, SharedRunner
+from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading
+from tokzip_jax.metrics import MetricWriter
+from tokzip_jax.training import train_stage
 from tokzip_jax.workdir import Workdir
 
 __all__ = ["quick_compiles"]
-train = small_run.load_file(small_run.ROOT / "train.py")
 evaluate = small_run.load_file(small_run.ROOT / "eval.py")
 ASKED, BUDGETS = ("cls_attention", "cdpruner", "downsample", "fastv", "nested_pool"), (1, 3)
 
@@ -25,7 +25,7 @@ def config(data_dir):
     """The tiny recipe cut down to the stage that is read and one that gives the recipe of projectors."""
     cfg = small_run.tiny(data_dir)
     names = ("question-only prior", "lower", "upper")
-    stages = {name: dataclasses.replace(cfg.stages[name], steps=2, optim=OptimConfig()) for name in ("base", "pooled")}
+    stages = {name: dataclasses.replace(cfg.stages[name], steps=1, optim=OptimConfig()) for name in ("base", "pooled")}
     return dataclasses.replace(
         cfg,
         stages=stages,
@@ -37,10 +37,12 @@ def config(data_dir):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(config, workdir) of a run that was trained and swept."""
+    """(config, workdir) of a run whose first stage was trained, and that was swept."""
     folder = tmp_path_factory.mktemp("sweep")
     cfg, workdir = config(small_run.build_data(folder)), Workdir(folder / "run")
-    train.run(cfg, workdir)
+    workdir.open(cfg)
+    with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)), MetricWriter(workdir.root) as writer:
+        train_stage(cfg, "base", mesh, workdir, writer)
     evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
     return cfg, workdir
 
@@ -152,20 +154,76 @@ def test_a_second_call_measures_nothing(run, monkeypatch):
     assert "downsample 3: 3 tokens are no smaller square grid" in text
 
 
-@pytest.mark.parametrize("name", ["random 3", "downsample 4", "cdpruner 3", "fastv 8"])
-def test_shared_looks_and_programs_change_no_answer(run, name):
-    """Question by question against the plain runner, which runs the whole model on every row."""
+def opened(run, name, memory=None):
+    """(line, runner, parameters) of a row of the sweep."""
     cfg, workdir = run
     method, _, tokens = name.partition(" ")
     [line] = sweep.plan(cfg, [method], (int(tokens),))[0]
-    of_line = sweep.run_config(cfg, [line])
     mesh = sharding.make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh):
-        plain = Runner.create(of_line, workdir, mesh)
-        signals = ("cls_attention_BP",)
-        shared = SharedRunner(of_line, workdir, mesh, plain.tokenizer, plain.examples, memory=Memory(signals))
-        params = plain.load(line.row)
-        assert shared.rows()[0]["ids"].shape[1] < of_line.data.text_length
-        visual = [shared.encode(params, line.row.method, batch, jax.random.key(0)) for batch in shared.rows()]
-        assert all(np.sum(v.valid_BM, axis=1).max() == (16 if method == "fastv" else int(tokens)) for v in visual)
-        assert shared.score(params, line.row.method, 0) == plain.score(params, line.row.method, 0)
+    runner = SharedRunner.create(sweep.run_config(cfg, [line]), workdir, mesh)
+    runner = dataclasses.replace(runner, memory=memory or Memory(("cls_attention_BP",)))
+    return line, runner, runner.load(line.row)
+
+
+@pytest.mark.parametrize("name", ["random 3", "downsample 4", "cdpruner 3", "fastv 8"])
+def test_shared_looks_and_programs_change_no_answer(run, name):
+    """The logits of every answer against those of the whole model run on every row."""
+    line, runner, params = opened(run, name)
+    model, method, memory = runner.cfg.model, line.row.method, runner.memory
+    with jax.set_mesh(runner.mesh):
+        batch = runner.rows()[0]
+        assert batch["ids"].shape[1] < runner.cfg.data.text_length
+        visual = runner.encode(params, method, batch, jax.random.key(5))
+        assert np.all(np.sum(visual.valid_BM, axis=1) == (16 if name == "fastv 8" else line.tokens))
+        assert visual.valid_BM.shape[1] == 16
+        inputs = {key: batch[key] for key in ("ids", "thread", "sample", "supervised")}
+        options = {"questions": batch["question"].shape[1], "max_targets": 8}
+
+        def whole(params, inputs, images, example):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), example)
+            return step.answers(model, method, params, {**inputs, "images": images}, key=keys, **options)
+
+        def shared(params, inputs, visual):
+            return step.answers(model, reading(method), params, inputs, visual=visual, **options)
+
+        images = memory.images[np.maximum(batch["example"], 0)]
+        expected = jax.jit(whole)(params, inputs, images, batch["example"])
+        found = jax.jit(shared)(language_model(params), inputs, jax.device_get(visual))
+    real = batch["question"] >= 0
+    assert np.any(real)
+    np.testing.assert_allclose(np.asarray(found[1])[real], np.asarray(expected[1])[real], rtol=1e-4, atol=1e-4)
+
+
+def test_every_question_counts_once_by_its_type(run, monkeypatch):
+    line, runner, params = opened(run, "random 3")
+    monkeypatch.setattr(SharedRunner, "encode", lambda *_: None)
+    monkeypatch.setattr(SharedRunner, "read", lambda self, params, method, batch, visual: batch["question"] % 2 == 0)
+    score, _ = runner.score(params, line.row.method, 0)
+    kinds = [(kind, number % 2 == 0) for text in runner.examples for number, kind in enumerate(text["types"])]
+    assert len(kinds) == 8 and score.accuracy == np.mean([right for _, right in kinds])
+    for name in {kind for kind, _ in kinds}:
+        assert score.by_type[name] == np.mean([right for kind, right in kinds if kind == name])
+
+
+def test_second_turns_keep_the_first_choice(run, monkeypatch):
+    """Of the second of two questions: CDPruner's tokens are those for the first one, and not those for itself."""
+    memory = Memory()
+    line, runner, _ = opened(run, "cdpruner 3", memory)
+    seen = {}
+
+    def spy(self, params, method, batch, visual, *, turns=False):
+        assert turns
+        for row in np.flatnonzero(batch["example"] >= 0):
+            seen[batch["question"].shape[1], int(batch["example"][row]), int(batch["question"][row, 0])] = np.asarray(
+                visual.tokens_BMD[row]
+            )
+        return batch["question"] == self.cfg.data.questions - 1
+
+    monkeypatch.setattr(SharedRunner, "read", spy)
+    with jax.set_mesh(runner.mesh):
+        found = second_turn.measure(runner, line)
+    # The spy calls the second question right in rows of two, and the first one in rows of one.
+    assert found == {"kept": 1.0, "again": 0.0, "questions": 4}
+    for example in range(4):
+        np.testing.assert_allclose(seen[2, example, 0], seen[1, example, 0], rtol=1e-5, atol=1e-6)
+        assert (1, example, 1) in seen

@@ -249,6 +249,7 @@ def answers(
     questions: int,
     max_targets: int,
     visual: VisualTokens | None = None,
+    turns: bool = False,
 ) -> tuple[Array, Array]:
     """Which questions a greedy decode would answer exactly, without decoding, and how each answer would begin.
 
@@ -260,6 +261,7 @@ def answers(
         table, voco_count, key, visual: as in `vlm.forward`.
         questions: the most questions of a row; question q is thread q.
         max_targets: the most supervised positions of a row.
+        turns: what reads the question chooses by the first one of a row, and the others have to do with its choice.
 
     Returns:
         [B, questions] bool, False where there is no such question; and [B, questions, V] the logits of every answer's
@@ -269,7 +271,7 @@ def answers(
     Raises:
         ValueError: several questions a row, and a decoder site that chooses by one.
     """
-    if method.decoder != "none" and questions > 1:
+    if method.decoder != "none" and questions > 1 and not turns:
         raise ValueError(
             f"{questions} questions a row, but decoder = {method.decoder!r} chooses by one: data.questions must be 1"
         )

@@ -159,14 +159,10 @@ def _line(cfg: RunConfig, name: str, tokens: int, budgets: Sequence[int]) -> Lin
 def run_config(cfg: RunConfig, lines: Sequence[Line]) -> RunConfig:
     """The run's config with the rows of lines that agree on model and questions a row, and with what trains for them.
 
-    Of the run's stages those are left that the upper bound comes from.
+    Of the run's stages only that of the upper bound is left, which is finished: where it came from does not matter.
     """
-    first = lines[0]
-    stages = {}
-    origin = cfg.rows[cfg.eval.upper].stage
-    while origin in cfg.stages:
-        stages[origin] = cfg.stages[origin]
-        origin = cfg.stages[origin].init_from
+    first, origin = lines[0], cfg.rows[cfg.eval.upper].stage
+    stages = {origin: dataclasses.replace(cfg.stages[origin], init_from="")}
     stages |= {line.row.stage: line.training for line in lines if line.training}
     return dataclasses.replace(
         cfg,

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import generate, plots, plots_sweep, sharding, sweep
+from tokzip_jax import generate, plots, plots_sweep, second_turn, sharding, sweep
 from tokzip_jax.bench.timing import Case, interleave, spread
+from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import MethodConfig, ModelConfig, RunConfig
 from tokzip_jax.evals import shared, table
 from tokzip_jax.evals.runner import Runner
@@ -69,7 +70,16 @@ class Sweep:
 
     @classmethod
     def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh, lines: list[Line], *, again: bool = False) -> "Sweep":
-        """Open the run's split."""
+        """Open the run's split.
+
+        Raises:
+            FileNotFoundError: the stage of the upper bound was not trained to its end.
+        """
+        origin = cfg.rows[cfg.eval.upper].stage
+        if finished(workdir.checkpoints(origin)) is None:
+            raise FileNotFoundError(
+                f"stage {origin!r} has no finished checkpoint in {workdir.checkpoints(origin)}: run train.py to its end"
+            )
         signals = set().union(*(shared.tower_signals(line.model, line.row.method) for line in lines))
         opened = SharedRunner.create(cfg, workdir, mesh)
         base = dataclasses.replace(opened, memory=Memory(tuple(sorted(signals))))
@@ -192,13 +202,23 @@ def _note(line: Line) -> str:
     return "; ".join(notes)
 
 
-def make(cfg: RunConfig, workdir: Workdir, mesh: Mesh, asked: Sequence[str], budgets: Sequence[int], *, again=False):
+def make(
+    cfg: RunConfig,
+    workdir: Workdir,
+    mesh: Mesh,
+    asked: Sequence[str],
+    budgets: Sequence[int],
+    *,
+    again: bool = False,
+    second: bool = False,
+) -> str:
     """A whole sweep: its table as text; `eval/methods/` and two figures.
 
     Args:
         cfg, workdir, mesh: of the run; call this with the mesh set.
         asked, budgets: see `sweep.plan`.
         again: also measure what the workdir holds already.
+        second: also the table of second turns, see `second_turn`.
 
     Raises:
         ValueError: as `sweep.plan`.
@@ -211,6 +231,8 @@ def make(cfg: RunConfig, workdir: Workdir, mesh: Mesh, asked: Sequence[str], bud
     for rows in work.rows():
         text = _write(work, rows, refused)
     draw(work, rows, budgets)
+    if second:
+        text += f"\n\n{second_turn.make(work, Part(workdir).eval)}"
     taken = time.perf_counter() - start
     return f"{text}\n{taken:.0f} s; written to {Part(workdir).eval} and {workdir.figures}"
 

@@ -71,14 +71,12 @@ def _looker(cfg: ModelConfig, method: MethodConfig, signals: tuple[str, ...] | N
 
 @functools.lru_cache(maxsize=256)
 def _encoder(cfg: ModelConfig, method: MethodConfig, mesh: Mesh) -> Callable[..., VisualTokens]:
-    def encode(
-        params: Params, features: VisionFeatures, batch: dict[str, Array], asked: dict[str, Array], key: Array
-    ) -> VisualTokens:
+    def encode(params: Params, features: VisionFeatures, batch: dict[str, Array], key: Array) -> VisualTokens:
         # A picture's key is its own, as in `Runner`.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["example"])
         pictures = features.patches_BPD.shape[0] // keys.shape[0]
         blank = jnp.zeros((keys.shape[0], pictures, 0, 0, 3), jnp.uint8)  # of pictures only their number is read
-        text = layout.question(asked, cfg.projector.text_length) if vlm.reads_question(method) else None
+        text = layout.question(batch, cfg.projector.text_length) if vlm.reads_question(method) else None
         visual, _ = vlm.encode(cfg, params, blank, method, keys, text=text, features=features)
         return visual if visual.valid_BM.shape[1] >= SLOTS else pad(visual, SLOTS)
 
@@ -86,9 +84,12 @@ def _encoder(cfg: ModelConfig, method: MethodConfig, mesh: Mesh) -> Callable[...
 
 
 @functools.lru_cache(maxsize=64)
-def _reader(cfg: ModelConfig, method: MethodConfig, questions: int, targets: int, mesh: Mesh) -> Callable[..., Array]:
+def _reader(
+    cfg: ModelConfig, method: MethodConfig, questions: int, targets: int, turns: bool, mesh: Mesh
+) -> Callable[..., Array]:
     def read(params: Params, batch: dict[str, Array], visual: VisualTokens) -> Array:
-        return step.answers(cfg, method, params, batch, questions=questions, max_targets=targets, visual=visual)[0]
+        options = {"questions": questions, "max_targets": targets, "visual": visual, "turns": turns}
+        return step.answers(cfg, method, params, batch, **options)[0]
 
     return jax.jit(read, out_shardings=NamedSharding(mesh, P()))
 
@@ -158,19 +159,16 @@ class SharedRunner(Runner):
             self.memory.features[key] = jax.tree.map(lambda *x: np.concatenate(x)[: len(flat)], *parts)
         return self.memory.features[key]
 
-    def encode(
-        self, params: Params, method: MethodConfig, batch: dict[str, np.ndarray], key: Array, asked: Any = None
-    ) -> VisualTokens:
+    def encode(self, params: Params, method: MethodConfig, batch: dict[str, np.ndarray], key: Array) -> VisualTokens:
         """Visual tokens of the pictures of a batch, behind the projector, with empty slots up to `SLOTS`.
 
-        `asked` is a batch whose questions a method reads in the place of this one's.
+        A method that reads the question reads the first one of each row.
         """
         examples = np.maximum(batch["example"], 0)
         pictures = self.memory.images.shape[1]
         index = (examples[:, None] * pictures + np.arange(pictures)).reshape(-1)
         seen = jax.tree.map(lambda x: x[index], self.features(params, method))
-        text = batch if asked is None else asked
-        given = (seen, {"example": batch["example"]}, {name: text[name] for name in TEXT})
+        given = (seen, {name: batch[name] for name in (*TEXT, "example")})
         needed = {name: params[name] for name in ("projector", "llm", "lora") if name in params}
         run = _encoder(self.cfg.model, dataclasses.replace(method, seed=0, **NO_DECODER), self.mesh)
         return run(needed, *sharding.place(self.mesh, given, "data"), key)
@@ -181,11 +179,13 @@ class SharedRunner(Runner):
         method: MethodConfig,
         batch: dict[str, np.ndarray],
         visual: VisualTokens,
+        *,
+        turns: bool = False,
     ) -> np.ndarray:
-        """[B, Q] which questions of a batch are answered exactly from these visual tokens."""
+        """[B, Q] which questions of a batch are answered exactly from these visual tokens; `turns` as in `answers`."""
         targets = max(int(np.max(np.sum(other["supervised"], axis=1))) for other in self.rows())
         model = dataclasses.replace(self.cfg.model, projector=ProjectorConfig())  # not read: one program for all
-        run = _reader(model, reading(method), batch["question"].shape[1], targets, self.mesh)
+        run = _reader(model, reading(method), batch["question"].shape[1], targets, turns, self.mesh)
         inputs = sharding.place(self.mesh, {name: batch[name] for name in TEXT}, "data")
         return jax.device_get(run(language_model(params), inputs, visual))
 
