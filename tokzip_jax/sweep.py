@@ -138,7 +138,9 @@ def plan(cfg: RunConfig, asked: Sequence[str], budgets: Sequence[int]) -> tuple[
             try:
                 lines.append(_line(cfg, name, tokens, budgets))
             except ValueError as error:
-                refused.append(Refused(name, tokens, str(error).removeprefix(f"{name}: ")))
+                # The place in the config and the method itself say its name; here it stands in front already.
+                reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{name}: ")
+                refused.append(Refused(name, tokens, reason))
     return lines, refused
 
 
