@@ -215,5 +215,5 @@ def test_bad_options_end_in_one_sentence(capsys):
         main(["nothing"])
     said = capsys.readouterr().err
     assert all(name in said for name in BENCHMARKS)
-    assert {"visionzip", "voco", "step", "import", "startup", "table7"} == set(BENCHMARKS)
+    assert {"visionzip", "compress", "voco", "decoder", "step", "import", "startup", "table7"} == set(BENCHMARKS)
     assert visionzip.VitConfig().patches == 576 and table7.LlmConfig().layers == 32

@@ -11,7 +11,7 @@ import pytest
 import tiny_model as tiny
 from small_run import quick_compiles
 
-from tokzip_jax import compress, config_check, encoder_site, method_check, vlm, voco
+from tokzip_jax import compress, config_check, config_io, encoder_site, method_check, vlm, voco
 from tokzip_jax.compress import ENCODER, Ask, Tower, downsample, resize_positions, restore
 from tokzip_jax.compress.cdpruner import cdpruner
 from tokzip_jax.compress.divprune import divprune
@@ -29,7 +29,7 @@ CASES = {
     "visionzip": MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2}),
     "visionzip_merged": MethodConfig(encoder="visionzip_merged", tokens=3, options={"contextual": 1}),
     "vispruner": MethodConfig(encoder="vispruner", tokens=6, options={"step": 2}),
-    "prumerge": MethodConfig(encoder="prumerge", tokens=6, options={"neighbours": 3}),
+    "prumerge": MethodConfig(encoder="prumerge", tokens=6, options={"neighbours": 3, "count": "fixed"}),
     "prumerge_plus": MethodConfig(encoder="prumerge_plus", tokens=9, options={"neighbours": 3, "merge": "paper"}),
     "holov": MethodConfig(encoder="holov", tokens=6, options={"crops": 4}),
     "scope": MethodConfig(encoder="scope", tokens=5),
@@ -43,7 +43,7 @@ CASES = {
     "mmtok": MethodConfig(encoder="mmtok", tokens=5),
     "restore": MethodConfig(encoder="cls_attention", tokens=6, options={"restore": 0.5}),
 }
-FEWER = {"prumerge", "prumerge_plus", "holov"}  # may leave slots empty
+FEWER = {"prumerge_plus", "holov"}  # may leave slots empty
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
@@ -307,6 +307,13 @@ def test_what_can_work_passes():
     encoder_site.check("x", CFG, dataclasses.replace(method("divprune", compare="patches"), **QFORMER))
     encoder_site.check("x", dataclasses.replace(CFG, attention="cudnn"), method("tome", 7, proportional=False))
     encoder_site.check("x", WINDOWS, method("downsample", 4))
+
+
+def test_config_round_trip():
+    cfg = RunConfig(rows={name: RowConfig(method=case) for name, case in CASES.items()})
+    assert config_io.from_json(config_io.to_json(cfg)) == cfg
+    assert config_io.from_config_dict(config_io.to_config_dict(cfg)) == cfg
+    assert len({row.method for row in cfg.rows.values()}) == len(CASES)
 
 
 def test_towers_without_a_cls_token_or_a_square():

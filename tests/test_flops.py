@@ -115,8 +115,11 @@ def test_tower_flops_block_by_block():
 
 
 def test_tower_flops_within_five_percent_of_xla():
-    """Where every block merges, each is a program of its own, and XLA counts them all."""
-    model = ModelConfig(vit=dataclasses.replace(TOWER, width=256, mlp_dim=1024))
+    """Where every block merges, each is a program of its own, and XLA counts them all.
+
+    The tower is wide enough for what the ledger leaves out, resizing a picture, to be small beside it.
+    """
+    model = ModelConfig(vit=dataclasses.replace(TOWER, width=512, mlp_dim=2048))
     for name in ("tome", "downsample"):
         one = dataclasses.replace(model, vit=dataclasses.replace(model.vit, layers=2, feature_layer=-2))
         cfg = model if name == "tome" else one  # of a plain tower XLA counts one block

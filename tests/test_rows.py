@@ -100,3 +100,12 @@ def test_rows_are_filled(tok_300):
         question_rows([text], tok_300, dataclasses.replace(full, text_length=2 + each))
     with pytest.raises(ValueError, match=r"data\.caption_length = 2 .* picture 9"):
         question_rows([{**text, "caption": "a blue circle"}], tok_300, dataclasses.replace(full, caption_length=2))
+
+
+def test_a_description_is_asked_for_first(tok_300):
+    text = {"image_id": "9", "questions": ["red", "is it"], "answers": ["a", "b"], "caption": "a red circle"}
+    cfg = DataConfig(text_length=40, describe="what is the shape?")
+    rows = question_rows([text], tok_300, cfg)
+    pairs = [("what is the shape?", "a red circle"), ("red", "a"), ("is it", "b")]
+    assert len(rows) == 1 and read_row(rows.row(0), tok_300) == pairs
+    assert text["questions"] == ["red", "is it"]  # what the caller holds stays as it is

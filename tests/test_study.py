@@ -167,9 +167,9 @@ def test_step_times_are_measured_once(done, tmp_path):
     (tmp_path / "tokenizer.json").symlink_to(workdir.tokenizer)
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
-        study = Study(cfg, Workdir(tmp_path), mesh)
+        study = Study(dataclasses.replace(cfg, study=StudyConfig(stages=("pooled",))), Workdir(tmp_path), mesh)
         found = study.step_times()
-    assert set(found) == set(STUDY.stages) and all(seconds > 0 for seconds in found.values())
+    assert set(found) == {"pooled"} and all(seconds > 0 for seconds in found.values())
     assert study.step_times() == found
 
 

@@ -4,18 +4,23 @@ One multiply-add is two FLOPs. Counted are the matrix products (projections, att
 head); norms, softmax, rotary angles and element-wise work are not, nor is the compressor itself (for VisionZip at
 CLIP-L/14-336 about 1 MFLOP against 365 GFLOP of the tower). `causal=True` counts only the query-key pairs that a causal
 mask keeps, the work of a kernel that skips the others; `causal=False` counts all pairs, the work of plain masked
-products. VisionZip's paper counts a two-matrix feed-forward; here it is SwiGLU's three.
+products. VisionZip's paper counts a two-matrix feed-forward; here it is SwiGLU's three. Low-rank deltas cost what they
+add where they run beside their weights; merged into them they cost nothing.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 
-from tokzip_jax import encoder_site
+from tokzip_jax import encoder_site, lora, stack, vlm
 from tokzip_jax.compress.entry import PROJECTED
-from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.config import LlmConfig, LoraConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.decoder_site import check
+from tokzip_jax.paths import first_match
 from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.vit import LAST_SIGNALS
 from tokzip_jax.vlm import visual_slots
@@ -42,6 +47,8 @@ class Ledger:
             however many questions follow. VoCo's stage one; None where the picture is read together with the question.
         prefill_flops: the language model from projected visual tokens (VoCo: from the picture's cache, stage two) to
             the logits of the answer's first token, one question.
+        decode_flops: the language model over that token, to the logits of the second. Each later one reads one more
+            key a layer (4 N H FLOPs), `llm_flops` with a longer past.
         kv_bytes: cache bytes of the picture's tokens that stay in the cache while questions are answered: of
             `read_tokens`, or of what each layer keeps of them.
         prompt_kv_bytes: cache bytes of the whole prompt: the prefix where it stays visible, the picture, the question.
@@ -57,6 +64,7 @@ class Ledger:
     projector_flops: int
     picture_flops: int | None
     prefill_flops: float
+    decode_flops: float
     kv_bytes: float
     prompt_kv_bytes: float
 
@@ -97,24 +105,54 @@ def scheduled_flops(llm: LlmConfig, new: Sequence[float], *, head: float = 1, ca
     return sum(llm_flops(one, tokens, head=0, causal=causal) for tokens in new) + 2 * head * llm.width * llm.vocab_size
 
 
-def vit_flops(vit: VitConfig, *, removed: Mapping[int, int] | None = None, whole: bool = False) -> int:
+def delta_weights(model: ModelConfig, method: MethodConfig, cfg: LoraConfig | None) -> dict[str, list[int]]:
+    """Weights in the low-rank deltas of each layer: {"vit": one number a block, "llm": one a layer}.
+
+    Layers are those of stacks as `vlm.init` makes them, the language model's in one piece.
+
+    Raises:
+        ValueError: see `lora.matrices`; a delta of the projector, whose tokens this ledger does not know one by one.
+    """
+    weights = {"vit": [0] * model.vit.layers, "llm": [0] * model.llm.layers}
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    if cfg is not None:
+        shapes = jax.eval_shape(functools.partial(vlm.init, model, method.projector), jax.random.key(0))
+        found = lora.matrices(cfg, shapes)
+    for path, leaf in found.items():
+        tower, _, group, *_ = path.split("/")
+        if tower not in weights:
+            raise ValueError(f"the ledger counts low-rank deltas of vit/ and llm/ only, not of {path!r}")
+        lead, fan_in = first_match(lora.MATRICES, path, name="LoRA")
+        inputs, outputs = leaf.shape[lead : lead + fan_in], leaf.shape[lead + fan_in :]
+        counts = stack.sizes(shapes[tower]["layers"])
+        start = sum(counts[: int(group)])
+        for layer in range(start, start + counts[int(group)]):
+            weights[tower][layer] += cfg.rank * (math.prod(inputs) + math.prod(outputs))
+    return weights
+
+
+def vit_flops(
+    vit: VitConfig, *, removed: Mapping[int, int] | None = None, whole: bool = False, deltas: Sequence[int] = ()
+) -> int:
     """FLOPs of the vision tower for one picture: patch embedding and the blocks up to the feature layer.
 
     Args:
         vit: the tower.
         removed: block number -> tokens that leave between its attention and its MLP.
         whole: all blocks run, since the encoder site reads the last one's queries or keys.
+        deltas: weights of low-rank deltas in each block; counted at the tokens that enter the block.
     """
     tokens = vit.patches + 1
     total = 2 * vit.patches * 3 * vit.patch_size**2 * vit.width
     for block in range(vit.layers if whole else vit.feature_blocks):
         total += 2 * tokens * vit.width * 4 * vit.width + 4 * tokens**2 * vit.width
+        total += 2 * tokens * deltas[block] if deltas else 0
         tokens -= (removed or {}).get(block, 0)
         total += 2 * tokens * vit.width * 2 * vit.mlp_dim
     return total
 
 
-def tower_flops(model: ModelConfig, method: MethodConfig) -> int:
+def tower_flops(model: ModelConfig, method: MethodConfig, *, deltas: Sequence[int] = ()) -> int:
     """`vit_flops` with what the encoder site does to the picture or inside the tower, and reads of it.
 
     Raises:
@@ -122,7 +160,7 @@ def tower_flops(model: ModelConfig, method: MethodConfig) -> int:
     """
     plan, signals = encoder_site.plan(model, method)
     vit = encoder_site.tower(model, plan).vit
-    return vit_flops(vit, removed=plan.removed, whole=bool(set(signals) & set(LAST_SIGNALS)))
+    return vit_flops(vit, removed=plan.removed, whole=bool(set(signals) & set(LAST_SIGNALS)), deltas=deltas)
 
 
 def projector_flops(model: ModelConfig, method: MethodConfig, *, text_tokens: int = 0) -> int:
@@ -153,6 +191,7 @@ def ledger(
     dtype: str | None = None,
     causal: bool = True,
     read_voco: float | None = None,
+    deltas: LoraConfig | None = None,
 ) -> Ledger:
     """The costs of a method on one picture and one question.
 
@@ -165,10 +204,11 @@ def ledger(
         causal: see the module's docstring.
         read_voco: VoCo tokens that a question reads on the mean where each picks its own number (all costs are linear
             in it); the picture is still compressed into `method.voco`. None = all of them.
+        deltas: low-rank deltas that run beside their weights, as `lora.attach` has them; None: none, or merged.
 
     Raises:
-        ValueError: no question, a negative prefix, an unknown projector, an impossible decoder site, or `read_voco`
-            where text sees vision.
+        ValueError: no question, a negative prefix, an unknown projector, an impossible decoder site, `read_voco`
+            where text sees vision, or deltas that cannot be or stand in the projector.
     """
     if read_voco is not None and method.voco_mask == "visible":
         raise ValueError("read_voco is for questions that read VoCo tokens alone, not for voco_mask='visible'")
@@ -176,6 +216,7 @@ def ledger(
         raise ValueError(f"text_tokens={text_tokens} must be >= 1 and prefix_tokens={prefix_tokens} >= 0")
     visual = visual_slots(model, method)
     picture = prefix_tokens + visual + method.voco
+    added = delta_weights(model, method, deltas)
     if method.voco_mask == "visible":
         read, past = visual + method.voco, 0
         cached = prefix_tokens + read
@@ -183,17 +224,20 @@ def ledger(
     else:
         read = method.voco if read_voco is None else read_voco
         past = cached = read + (prefix_tokens if method.voco_mask == "prefix_visible" else 0)
-        picture_flops = llm_flops(model.llm, picture, head=0, causal=causal)
+        picture_flops = llm_flops(model.llm, picture, head=0, causal=causal) + 2 * picture * sum(added["llm"])
     per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)
     by_layer = layer_tokens(model, method)
     kv_bytes, prompt_kv_bytes = read * per_token, (cached + text_tokens) * per_token
     if picture_flops is None:
-        rest = prefix_tokens + method.voco + text_tokens
-        prefill = scheduled_flops(model.llm, [count + rest for count in by_layer], causal=causal)
+        new = prompt = [count + prefix_tokens + method.voco + text_tokens for count in by_layer]
+        prefill = scheduled_flops(model.llm, new, causal=causal)
         unkept = (visual * len(by_layer) - sum(by_layer)) * (per_token // model.llm.layers)
         kv_bytes, prompt_kv_bytes = kv_bytes - unkept, prompt_kv_bytes - unkept
     else:
+        new, prompt = [text_tokens] * len(by_layer), [cached + text_tokens] * len(by_layer)
         prefill = llm_flops(model.llm, text_tokens, past=past, causal=causal)
+    one = dataclasses.replace(model.llm, layers=1)
+    decode = sum(llm_flops(one, 1, past=count, head=0) for count in prompt) + llm_flops(model.llm, 0)
     return Ledger(
         patches=encoder_site.patches(model, method),
         encoder_tokens=encoder_site.slots(model, method),
@@ -201,10 +245,11 @@ def ledger(
         layer_tokens=by_layer,
         voco_tokens=method.voco,
         read_tokens=read,
-        vit_flops=tower_flops(model, method),
+        vit_flops=tower_flops(model, method, deltas=added["vit"]),
         projector_flops=projector_flops(model, method, text_tokens=text_tokens),
         picture_flops=picture_flops,
-        prefill_flops=prefill,
+        prefill_flops=prefill + 2 * sum(tokens * weights for tokens, weights in zip(new, added["llm"], strict=True)),
+        decode_flops=decode + 2 * sum(added["llm"]),
         kv_bytes=kv_bytes,
         prompt_kv_bytes=prompt_kv_bytes,
     )

@@ -104,8 +104,9 @@ def flop_rows(cfg: LlmConfig, args: argparse.Namespace, times: dict[str, Any]) -
     return rows
 
 
-def _ids(cfg: ModelConfig, batch: int, length: int) -> Array:
-    return jnp.asarray(np.random.default_rng(2).integers(4, cfg.llm.vocab_size, (batch, length)), jnp.int32)
+def question_ids(vocabulary: int, batch: int, length: int) -> Array:
+    """[batch, length] int32 text ids without special ones."""
+    return jnp.asarray(np.random.default_rng(2).integers(4, vocabulary, (batch, length)), jnp.int32)
 
 
 def _row(kinds: list[int], batch: int) -> TokenStream:
@@ -121,7 +122,7 @@ def _reading(cfg: ModelConfig, params: Params, blocks: tuple[Params, ...], args:
 
     Each over blocks of their own, as they are kept for decoding, and over the stack.
     """
-    ids = _ids(cfg, args.batch, args.text)
+    ids = question_ids(cfg.llm.vocab_size, args.batch, args.text)
     visual = jax.random.normal(jax.random.key(3), (args.batch, args.visual, cfg.llm.width), jnp.dtype(cfg.dtype))
     stream = _row([VISION] * args.visual + [TEXT] * args.text, args.batch)
 
@@ -176,7 +177,7 @@ def _decoding(
         return jax.lax.fori_loop(0, args.decode, one_more, (jnp.ones(args.batch, jnp.int32), cache))[0]
 
     cache = llm.empty_cache(cfg, args.batch, slots)
-    cache, _ = llm.write_stream(cache, text_stream(_ids(cfg, args.batch, args.text)), 0)
+    cache, _ = llm.write_stream(cache, text_stream(question_ids(cfg.llm.vocab_size, args.batch, args.text)), 0)
     apart = dataclasses.replace(cache, k=tuple(cache.k), v=tuple(cache.v))
     return {
         "unstacked blocks": Case(lambda: decode(params, blocks, apart)),

@@ -90,7 +90,9 @@ class Selecting:
     """What every method that drops patches can be told.
 
     Attributes:
-        restore: share of the tokens that are made of dropped patches (RESTORE; published: 0.5); 0 = none.
+        restore: share of the tokens that are made of dropped patches (RESTORE; published: 0.5); 0 = none. The method
+            also keeps original position ids (`positions = "raster"` of a config does) and adds a bias to the language
+            model's attention (`restore.restore_bias`), which ours does not take.
     """
 
     restore: float = option(0.0, low=0.0, high=1.0)

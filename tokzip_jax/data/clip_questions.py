@@ -7,12 +7,13 @@ A thing appears in the first frame in which it is seen. No two things of a clip 
 one thing.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
 from tokzip_jax.data.actors import Actor, present
 from tokzip_jax.data.asking import Pair, Template, singles, yes
-from tokzip_jax.data.shapes import COLORS, PLURALS, SHAPES, phrase
+from tokzip_jax.data.shapes import PLURALS, Level, phrase
 
 Actors = Sequence[Actor]
 
@@ -91,22 +92,25 @@ def count_ends(actors: Actors) -> Iterator[Pair]:
         yield f"how many objects are there at the {word}?", str(len(present(actors, frame)))
 
 
-def count_kind(actors: Actors) -> Iterator[Pair]:
+def count_kind(actors: Actors, level: Level) -> Iterator[Pair]:
     """ "how many circles appear in all?", "how many red objects appear in all?" """
-    for color in COLORS:
+    for color in level.colors:
         yield f"how many {color} objects appear in all?", str(sum(actor.color == color for actor in actors))
-    for shape in SHAPES:
+    for shape in level.shapes:
         yield f"how many {PLURALS[shape]} appear in all?", str(sum(actor.shape == shape for actor in actors))
 
 
-TEMPLATES = (
-    Template("order", 0.1, first_and_last),
-    Template("order", 0.06, color_of_end),
-    Template("order", 0.06, shape_of_end),
-    Template("order", 0.26, before),
-    Template("direction", 0.2, direction),
-    Template("direction", 0.1, mover),
-    Template("count", 0.04, count_all),
-    Template("count", 0.09, count_ends, {"1": 0.5, "3": 1.5, "4": 2.0}),
-    Template("count", 0.07, count_kind, {"2": 1.5, "3": 3.0, "4": 4.0}),
-)
+@functools.cache
+def templates(level: Level) -> tuple[Template, ...]:
+    """The forms of questions about pictures of a level."""
+    return (
+        Template("order", 0.1, first_and_last),
+        Template("order", 0.06, color_of_end),
+        Template("order", 0.06, shape_of_end),
+        Template("order", 0.26, before),
+        Template("direction", 0.2, direction),
+        Template("direction", 0.1, mover),
+        Template("count", 0.04, count_all),
+        Template("count", 0.09, count_ends, {"1": 0.5, "3": 1.5, "4": 2.0}),
+        Template("count", 0.07, functools.partial(count_kind, level=level), {"2": 1.5, "3": 3.0, "4": 4.0}),
+    )

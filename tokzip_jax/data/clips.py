@@ -24,7 +24,7 @@ import numpy as np
 from tokzip_jax.config import DataConfig, ScenesConfig
 from tokzip_jax.data import actors, built, drawn, shapes
 from tokzip_jax.data.asking import ask
-from tokzip_jax.data.clip_questions import TEMPLATES
+from tokzip_jax.data.clip_questions import templates
 from tokzip_jax.data.scenes import some
 
 STREAM, SHUFFLE = 2, 3  # of the random numbers: of the clips, and of the orders in which "shuffled" reads them
@@ -93,7 +93,7 @@ def example(settings: ScenesConfig, split: str, index: int) -> dict[str, Any]:
     level = shapes.LEVELS[settings.difficulty]
     rng = shapes.generator(settings.seed, STREAM, drawn.SPLITS.index(split), index)
     cast = sample(rng, settings.frames, level)
-    asked = ask(rng, TEMPLATES, cast, settings.questions)
+    asked = ask(rng, templates(level), cast, settings.questions)
     questions, answers, kinds = map(list, zip(*asked))
     return {
         "image": film(rng, cast, settings, level),
@@ -109,8 +109,8 @@ def example(settings: ScenesConfig, split: str, index: int) -> dict[str, Any]:
 def sample(rng: np.random.Generator, frames: int, level: shapes.Level) -> list[actors.Actor]:
     """A clip; no two of its things share colour and shape. At the end a coin decides whether it runs backwards."""
     count = int(rng.integers(level.actors[0], level.actors[1] + 1))
-    colors = some(rng, tuple(shapes.COLORS), 3, 4)
-    names = some(rng, shapes.SHAPES, 2, 3)
+    colors = some(rng, level.colors, 3, 4)
+    names = some(rng, level.shapes, 2, 3)
     kinds = [(name, color) for name in names for color in colors]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))[:count]]
     cast = actors.stage(rng, kinds, frames, level)

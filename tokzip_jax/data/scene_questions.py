@@ -5,11 +5,12 @@ sizes differ by `BIGGER`, two places by `GAP`, and a thing in a named region sta
 border, as does every other thing on the other side of it. What the facts leave open is not asked.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
 from tokzip_jax.data.asking import Pair, Template, singles, yes
-from tokzip_jax.data.shapes import COLORS, PLURALS, SHAPES, Thing, phrase
+from tokzip_jax.data.shapes import COLORS, PLURALS, Level, Thing, phrase
 
 Things = Sequence[Thing]
 
@@ -81,19 +82,19 @@ def count_all(things: Things) -> Iterator[Pair]:
     yield "how many objects are there?", str(len(things))
 
 
-def count_kind(things: Things) -> Iterator[Pair]:
+def count_kind(things: Things, level: Level) -> Iterator[Pair]:
     """ "how many red objects are there?", "how many circles are there?" """
-    for color in COLORS:
+    for color in level.colors:
         yield f"how many {color} objects are there?", str(sum(thing.color == color for thing in things))
-    for shape in SHAPES:
+    for shape in level.shapes:
         yield f"how many {PLURALS[shape]} are there?", str(sum(thing.shape == shape for thing in things))
 
 
-def exists_kind(things: Things) -> Iterator[Pair]:
+def exists_kind(things: Things, level: Level) -> Iterator[Pair]:
     """ "is there a red object?", "is there a circle?" """
-    for color in COLORS:
+    for color in level.colors:
         yield f"is there {_a(color)} object?", yes(any(thing.color == color for thing in things))
-    for shape in SHAPES:
+    for shape in level.shapes:
         yield f"is there {_a(shape)}?", yes(any(thing.shape == shape for thing in things))
 
 
@@ -159,18 +160,23 @@ def _a(word: str) -> str:
 # The weights leave about a quarter of the questions to "yes" and "no"; counts of two and more are rarer than their
 # share of the questions, which `favour` makes up for.
 COUNTS = {"0": 0.8, "1": 1.0, "2": 1.6, "3": 3.0, "4": 4.0, "5": 5.0, "6": 5.0}
-TEMPLATES = (
-    Template("color", 0.08, color_of_shape),
-    Template("color", 0.12, color_there),
-    Template("shape", 0.08, shape_of_color),
-    Template("shape", 0.12, shape_there),
-    Template("count", 0.05, count_all),
-    Template("count", 0.14, count_kind, COUNTS),
-    Template("exists", 0.05, exists_kind),
-    Template("exists", 0.08, exists_pair),
-    Template("compare", 0.05, more),
-    Template("compare", 0.03, bigger),
-    Template("compare", 0.06, extreme),
-    Template("relation", 0.06, related),
-    Template("relation", 0.08, neighbour),
-)
+
+
+@functools.cache
+def templates(level: Level) -> tuple[Template, ...]:
+    """The forms of questions about pictures of a level."""
+    return (
+        Template("color", 0.08, color_of_shape),
+        Template("color", 0.12, color_there),
+        Template("shape", 0.08, shape_of_color),
+        Template("shape", 0.12, shape_there),
+        Template("count", 0.05, count_all),
+        Template("count", 0.14, functools.partial(count_kind, level=level), COUNTS),
+        Template("exists", 0.05, functools.partial(exists_kind, level=level)),
+        Template("exists", 0.08, exists_pair),
+        Template("compare", 0.05, more),
+        Template("compare", 0.03, bigger),
+        Template("compare", 0.06, extreme),
+        Template("relation", 0.06, related),
+        Template("relation", 0.08, neighbour),
+    )

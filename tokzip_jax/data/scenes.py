@@ -6,7 +6,7 @@ on the picture's size either.
 
 Facts: JSON, a list of {"shape", "color", "x", "y", "size", "depth"}, see `shapes.Thing`. Captions name every thing in a
 fixed order with two words each, so with one token a word a caption has at most twice as many tokens as the
-`difficulty` allows things (`shapes.LEVELS`): 8 (easy), 12 (medium) or 16 (hard). Questions are those of
+`difficulty` allows things (`shapes.LEVELS`): 6 (easy), 12 (medium) or 16 (hard). Questions are those of
 `scene_questions`, types "color", "shape", "count", "exists", "compare" and "relation"; "yes" and "no" answer
 less than a third of them.
 
@@ -26,7 +26,7 @@ import numpy as np
 from tokzip_jax.config import DataConfig, ScenesConfig
 from tokzip_jax.data import built, drawn, shapes
 from tokzip_jax.data.asking import ask
-from tokzip_jax.data.scene_questions import TEMPLATES
+from tokzip_jax.data.scene_questions import templates
 
 STREAM = 1  # of the random numbers, another one than that of `clips`
 
@@ -57,7 +57,7 @@ def example(settings: ScenesConfig, split: str, index: int) -> dict[str, Any]:
     level = shapes.LEVELS[settings.difficulty]
     rng = shapes.generator(settings.seed, STREAM, drawn.SPLITS.index(split), index)
     things = sample(rng, level)
-    asked = ask(rng, TEMPLATES, things, settings.questions)
+    asked = ask(rng, templates(level), things, settings.questions)
     paints = shapes.paint(rng, [thing.color for thing in things], level)
     image = shapes.draw(things, paints, shapes.ground(rng, settings.size, level))
     questions, answers, kinds = map(list, zip(*asked))
@@ -75,8 +75,8 @@ def example(settings: ScenesConfig, split: str, index: int) -> dict[str, Any]:
 def sample(rng: np.random.Generator, level: shapes.Level) -> list[shapes.Thing]:
     """A scene. Its things share a few colours and shapes, so that there is something to count and to confuse."""
     count = int(rng.integers(level.things[0], level.things[1] + 1))
-    colors = some(rng, tuple(shapes.COLORS), 3, 5)
-    names = some(rng, shapes.SHAPES, 2, 4)
+    colors = some(rng, level.colors, 3, 5)
+    names = some(rng, level.shapes, 2, 4)
     kinds = [(names[rng.integers(len(names))], colors[rng.integers(len(colors))]) for _ in range(count)]
     return shapes.place(rng, kinds, level)
 

@@ -60,6 +60,7 @@ class Level:
     """How hard the pictures of one `difficulty` are.
 
     Attributes:
+        shapes, colors: what things are drawn and asked about, of `SHAPES` and `COLORS`.
         things: least and most things of a scene.
         actors: least and most things of a clip.
         sizes: of the things; each is drawn up to 3 % smaller or larger.
@@ -71,6 +72,8 @@ class Level:
         jitter: most that a channel of a thing's colour is off, in 256ths.
     """
 
+    shapes: tuple[str, ...]
+    colors: tuple[str, ...]
     things: tuple[int, int]
     actors: tuple[int, int]
     sizes: tuple[float, ...]
@@ -82,12 +85,13 @@ class Level:
     jitter: int
 
 
+ALL = (SHAPES, tuple(COLORS))
+FEW = (("circle", "square", "triangle", "cross"), ("red", "yellow", "green", "blue", "black"))
+BUSY = ("gradient", "stripes", "checks")
 LEVELS = {
-    "easy": Level((2, 4), (2, 4), (0.2, 0.27, 0.36), ALONE, 1.0, (222, 236), ("plain",), 0, 0),
-    "medium": Level(
-        (3, 6), (2, 6), (0.17, 0.23, 0.31), 0.8, 0.75, (205, 236), ("plain", "gradient", "stripes", "checks"), 12, 10
-    ),
-    "hard": Level((5, 8), (3, 7), (0.14, 0.19, 0.26), 0.7, 0.6, (175, 236), ("gradient", "stripes", "checks"), 26, 16),
+    "easy": Level(*FEW, (2, 3), (2, 3), (0.24, 0.33, 0.44), ALONE, 1.0, (222, 236), ("plain",), 0, 0),
+    "medium": Level(*ALL, (3, 6), (2, 6), (0.17, 0.23, 0.31), 0.8, 0.75, (205, 236), ("plain", *BUSY), 12, 10),
+    "hard": Level(*ALL, (5, 8), (3, 7), (0.14, 0.19, 0.26), 0.7, 0.6, (175, 236), BUSY, 26, 16),
 }
 
 
