@@ -2,18 +2,22 @@
 
     python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
     python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
+    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--second_turn]
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
 not measured again unless `--remeasure` is given. The second one measures every row with the parameters at PATH in the
 place of its stage's; DIR need not exist. `--config` may be given in the first form too, e.g. to run where the config's
 platform is not (`--config.platform=`) or on another mesh.
+
+The third form measures other methods than those of the config's rows, each at every budget: "free" needs no training,
+"all" trains the projectors as the run trains its own compressors and goes on where it was killed. See `sweep`.
 """
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tokzip_jax import entry, report
+from tokzip_jax import entry, report, sweep, sweep_run
 from tokzip_jax.config import RunConfig
 from tokzip_jax.config_io import from_config_dict
 from tokzip_jax.evals.runner import Runner
@@ -28,6 +32,9 @@ def run(
     checkpoint: str = "",
     rows: tuple[str, ...] = (),
     again: bool = False,
+    methods: tuple[str, ...] = (),
+    budgets: tuple[int, ...] = sweep.BUDGETS,
+    second_turn: bool = False,
 ) -> str:
     """The table as text.
 
@@ -37,11 +44,20 @@ def run(
         checkpoint: parameters to measure in the place of the stages' own.
         rows: which rows; () = all, which also writes table and figures.
         again: also measure the rows whose result the workdir holds.
+        methods, budgets: a sweep instead of the config's rows, see `sweep.plan`; () = none.
+        second_turn: with methods, also answers with tokens chosen for another question.
 
     Raises:
-        ValueError: a checkpoint without a config, a config without rows, or what `entry.start` and the rows raise.
+        ValueError: methods with a checkpoint or rows, a checkpoint without a config, a config without rows, or what
+            `entry.start`, `sweep.plan` and the rows raise.
         FileNotFoundError: no run, or no checkpoint.
     """
+    if second_turn and not methods:
+        raise ValueError("--second_turn needs --methods, whose second turn is measured")
+    if methods and (checkpoint or rows):
+        raise ValueError(
+            "--methods measures a run's own checkpoints at every budget: give neither --checkpoint nor --rows"
+        )
     if checkpoint and cfg is None:
         raise ValueError("--checkpoint needs --config, the model and the rows to measure it with")
     if cfg is None:
@@ -49,11 +65,15 @@ def run(
     mesh = entry.start(cfg)
     if not cfg.rows:
         raise ValueError("the config has no rows to measure: add some to its rows")
+    if methods:
+        sweep.plan(cfg, methods, budgets)  # what cannot be is said before anything is opened
     if checkpoint or workdir.config.exists():
         workdir.open(cfg, free=(*FREE, "mesh.data", "mesh.model"))
     else:
         workdir.read_config()  # says that there is no run
     with jax.set_mesh(mesh):
+        if methods:
+            return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again, second=second_turn)
         return report.make(Runner.create(cfg, workdir, mesh, checkpoint), rows, again=again)
 
 
@@ -65,13 +85,29 @@ if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Measure these parameters in the place of the stages' own.")
     ROWS = flags.DEFINE_list("rows", [], "Rows to measure and print; the table in the workdir stays as it is.")
     REMEASURE = flags.DEFINE_bool("remeasure", False, "Measure also what the workdir holds already.")
+    METHODS = flags.DEFINE_list("methods", [], "Methods to measure instead of the rows: all, free, or names.")
+    BUDGETS = flags.DEFINE_list("budgets", list(map(str, sweep.BUDGETS)), "Visual tokens of a picture, with --methods.")
+    SECOND = flags.DEFINE_bool(
+        "second_turn", False, "With --methods: tokens chosen for one question read for the next."
+    )
     flags.mark_flag_as_required("workdir")
 
     def main() -> None:
         """Flags to arguments."""
         cfg = None if CONFIG.value is None else from_config_dict(CONFIG.value)
+        try:
+            budgets = tuple(int(budget) for budget in BUDGETS.value)
+        except ValueError:
+            raise ValueError(f"--budgets={','.join(BUDGETS.value)} must be whole numbers with commas between") from None
         text = run(
-            Workdir(WORKDIR.value), cfg, checkpoint=CHECKPOINT.value, rows=tuple(ROWS.value), again=REMEASURE.value
+            Workdir(WORKDIR.value),
+            cfg,
+            checkpoint=CHECKPOINT.value,
+            rows=tuple(ROWS.value),
+            again=REMEASURE.value,
+            methods=tuple(METHODS.value),
+            budgets=budgets,
+            second_turn=SECOND.value,
         )
         say(text)
 

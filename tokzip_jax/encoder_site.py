@@ -14,7 +14,7 @@ from tokzip_jax.compress.downsample import downsample, resize_positions
 from tokzip_jax.compress.entry import ABOUT_QUESTION, PROJECTED, QUESTION, QUESTION_VALID, Plan
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.projectors import KEEPS_PLACES
-from tokzip_jax.types import Array, Params, VisualTokens
+from tokzip_jax.types import Array, Params, VisionFeatures, VisualTokens
 
 
 def ask(cfg: ModelConfig, method: MethodConfig, key: Array | None = None) -> compress.Ask:
@@ -93,6 +93,70 @@ def check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
         )
 
 
+def look(
+    cfg: ModelConfig,
+    params: Params,
+    images: Array,
+    method: MethodConfig,
+    *,
+    signals: tuple[str, ...] | None = None,
+    summary: bool = False,
+) -> tuple[VisionFeatures, Array | None]:
+    """What the tower says of pictures: all that a method reads of it. One look may do for several methods.
+
+    Args:
+        cfg, params: the model, and its parameters under "vit".
+        images: [B, H, W, 3] uint8, or floats that are normalised already.
+        method: its encoder site; what it does to the picture or inside the tower is done here.
+        signals: of the tower; None = those that the method reads.
+        summary: also return the CLS token behind the last norm.
+
+    Returns:
+        The features, and the summary [B, D] or None.
+    """
+    ahead, wanted = plan(cfg, method)
+    wanted = wanted if signals is None else signals
+    cfg = tower(cfg, ahead)
+    if ahead.grid:
+        # The table of positions is resized at every step: next to the tower that is nothing.
+        params = {**params, "pos": resize_positions(params["pos"], grid=ahead.grid)}
+        images = downsample(images, side=cfg.vit.image_size)
+    pixels = vit.normalise(images, cfg.dtype) if images.dtype == jnp.uint8 else images.astype(cfg.dtype)
+    own = tuple(name for name in wanted if name not in ABOUT_QUESTION)
+    return vit.features(
+        cfg, params, pixels, signals=own, summary=summary, between=ahead.between, proportional=ahead.proportional
+    )
+
+
+def choose(
+    cfg: ModelConfig,
+    found: VisionFeatures,
+    method: MethodConfig,
+    key: Array,
+    *,
+    project: Callable[[VisualTokens, Array], VisualTokens],
+    question: tuple[Array, Array] | None = None,
+) -> VisualTokens:
+    """Features of pictures to visual tokens in front of the projector.
+
+    Args:
+        cfg: the model.
+        found: from `look`, with the signals that the method reads of the tower.
+        method: its encoder site.
+        key: for a random selection: one key, or B keys.
+        project: (visual tokens, CLS tokens [B, D]) -> visual tokens behind the projector.
+        question: [B, T, D] embedded words and [B, T] which are real, for a method that reads the question.
+    """
+    request, (_, signals) = ask(cfg, method, key), plan(cfg, method)
+    more = {}
+    if PROJECTED in signals:
+        more[PROJECTED] = project(compress.everything(found.patches_BPD), found.cls_BD).tokens_BMD
+    if QUESTION in signals:
+        more[QUESTION], more[QUESTION_VALID] = question
+    found = dataclasses.replace(found, signals={**found.signals, **more})
+    return compress.apply(method.encoder, found, request)
+
+
 def run(
     cfg: ModelConfig,
     params: Params,
@@ -104,35 +168,10 @@ def run(
     question: tuple[Array, Array] | None = None,
     summary: bool = False,
 ) -> tuple[VisualTokens, Array, Array | None]:
-    """Pictures to visual tokens in front of the projector.
-
-    Args:
-        cfg, params: the model, and its parameters under "vit".
-        images: [B, H, W, 3] uint8, or floats that are normalised already.
-        method: its encoder site.
-        key: for a random selection: one key, or B keys.
-        project: (visual tokens, CLS tokens [B, D]) -> visual tokens behind the projector.
-        question: [B, T, D] embedded words and [B, T] which are real, for a method that reads the question.
-        summary: also return the CLS token behind the last norm.
+    """Pictures to visual tokens in front of the projector: `look`, then `choose`; arguments as there.
 
     Returns:
         Visual tokens [B, M, D], the feature layer's CLS token [B, D], and the summary [B, D] or None.
     """
-    request, (ahead, signals) = ask(cfg, method, key), plan(cfg, method)
-    cfg = tower(cfg, ahead)
-    if ahead.grid:
-        # The table of positions is resized at every step: next to the tower that is nothing.
-        params = {**params, "pos": resize_positions(params["pos"], grid=ahead.grid)}
-        images = downsample(images, side=cfg.vit.image_size)
-    pixels = vit.normalise(images, cfg.dtype) if images.dtype == jnp.uint8 else images.astype(cfg.dtype)
-    own = tuple(name for name in signals if name not in ABOUT_QUESTION)
-    found, pooled = vit.features(
-        cfg, params, pixels, signals=own, summary=summary, between=ahead.between, proportional=ahead.proportional
-    )
-    more = {}
-    if PROJECTED in signals:
-        more[PROJECTED] = project(compress.everything(found.patches_BPD), found.cls_BD).tokens_BMD
-    if QUESTION in signals:
-        more[QUESTION], more[QUESTION_VALID] = question
-    found = dataclasses.replace(found, signals={**found.signals, **more})
-    return compress.apply(method.encoder, found, request), found.cls_BD, pooled
+    found, pooled = look(cfg, params, images, method, summary=summary)
+    return choose(cfg, found, method, key, project=project, question=question), found.cls_BD, pooled

@@ -9,7 +9,7 @@ from tokzip_jax import decoder_site, llm, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.llm import KvCache
 from tokzip_jax.masks import TABLES
-from tokzip_jax.types import PAD, TEXT, Array, Params, TokenStream
+from tokzip_jax.types import PAD, TEXT, Array, Params, TokenStream, VisualTokens
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +98,7 @@ def prefill(
     table: Array | None = None,
     voco_count: Array | int | None = None,
     key: Array | None = None,
+    visual: VisualTokens | None = None,
 ) -> Prompt:
     """Read prompts (pictures, VoCo tokens and text) in one pass, leaving room for `max_new` tokens.
 
@@ -107,11 +108,11 @@ def prefill(
     key = jax.random.key(method.seed) if key is None else key
     table = jnp.asarray(TABLES[method.voco_mask]) if table is None else table
     count = method.voco if voco_count is None else voco_count
-    x, slots, visual, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=key)
+    x, slots, visual, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=key, visual=visual)
     if method.decoder == "none":
         cache = llm.empty_cache(cfg, x.shape[0], x.shape[1] + max_new)
         return read(cfg, params, x, slots.stream, table, cache=cache, offset=0)
-    sizes = {"images": batch["images"].shape[1], "visual": visual.valid_BM.shape[1]}
+    sizes = {"images": visual.valid_BM.shape[0] // x.shape[0], "visual": visual.valid_BM.shape[1]}
     hidden, slots, runs = decoder_site.run(cfg, params["llm"]["layers"], x, slots, table, method, **sizes, keep=True)
     stages = []
     for run in runs:

@@ -15,7 +15,7 @@ from tokzip_jax import distill, llm, lora, losses, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig, StageConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.paths import flatten, nest
-from tokzip_jax.types import Array, Params
+from tokzip_jax.types import Array, Params, VisualTokens
 
 
 @jax.tree_util.register_dataclass
@@ -248,6 +248,8 @@ def answers(
     key: Array | None = None,
     questions: int,
     max_targets: int,
+    visual: VisualTokens | None = None,
+    turns: bool = False,
 ) -> tuple[Array, Array]:
     """Which questions a greedy decode would answer exactly, without decoding, and how each answer would begin.
 
@@ -256,9 +258,10 @@ def answers(
 
     Args:
         cfg, method, params, batch: the model and eval rows, see `data.pipeline`.
-        table, voco_count, key: as in `vlm.forward`.
+        table, voco_count, key, visual: as in `vlm.forward`.
         questions: the most questions of a row; question q is thread q.
         max_targets: the most supervised positions of a row.
+        turns: what reads the question chooses by the first one of a row, and the others have to do with its choice.
 
     Returns:
         [B, questions] bool, False where there is no such question; and [B, questions, V] the logits of every answer's
@@ -268,11 +271,11 @@ def answers(
     Raises:
         ValueError: several questions a row, and a decoder site that chooses by one.
     """
-    if method.decoder != "none" and questions > 1:
+    if method.decoder != "none" and questions > 1 and not turns:
         raise ValueError(
             f"{questions} questions a row, but decoder = {method.decoder!r} chooses by one: data.questions must be 1"
         )
-    out = vlm.forward(cfg, params, batch, method, table=table, voco_count=voco_count, key=key)
+    out = vlm.forward(cfg, params, batch, method, table=table, voco_count=voco_count, key=key, visual=visual)
     read, label, valid = losses.targets(out.layout, max_targets)
     logits = llm.logits(cfg, params["llm"], losses.pick(out.hidden_BTD, read))
     hit = jnp.argmax(logits, axis=-1) == label

@@ -13,7 +13,7 @@ from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import TABLES
 from tokzip_jax.projectors import PROJECTORS, Context, weights_name
-from tokzip_jax.types import PAD, VISION, VOCO, Array, Params, VisualTokens
+from tokzip_jax.types import PAD, VISION, VOCO, Array, Params, VisionFeatures, VisualTokens
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +82,7 @@ def encode(
     *,
     summary: bool = False,
     text: tuple[Array, Array] | None = None,
+    features: VisionFeatures | None = None,
 ) -> tuple[VisualTokens, Array | None]:
     """Pictures to projected visual tokens.
 
@@ -93,6 +94,8 @@ def encode(
             folded with n, or B keys, of which picture i of a row uses the row's folded with i.
         summary: also return the CLS token behind the last norm.
         text: ids and validity [B, T] of each row's question, for a method that reads it (see `question`).
+        features: of the flattened pictures, where the tower has looked at them already (`encoder_site.look`); there is
+            no summary then, and of the pictures only the numbers B and I are read.
 
     Returns:
         Visual tokens [B*I, M, D_llm], and the summary [B*I, D_vit] or None.
@@ -118,11 +121,12 @@ def encode(
         return projector.apply(cfg, method, weights, tokens, context)
 
     words = None if asked is None else (params["llm"]["embed"]["table"][asked[0]], asked[1])
-    flat = images.reshape(-1, *images.shape[2:])
-    tokens, cls_BD, pooled = encoder_site.run(
-        cfg, params["vit"], flat, method, key, summary=summary, project=project, question=words
-    )
-    return project(tokens, cls_BD), pooled
+    pooled = None
+    if features is None:
+        flat = images.reshape(-1, *images.shape[2:])
+        features, pooled = encoder_site.look(cfg, params["vit"], flat, method, summary=summary)
+    tokens = encoder_site.choose(cfg, features, method, key, project=project, question=words)
+    return project(tokens, features.cls_BD), pooled
 
 
 def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -> Array:
@@ -170,8 +174,11 @@ def embed(
     key: Array,
     summary: bool = False,
     token_dropout: float = 0.0,
+    visual: VisualTokens | None = None,
 ) -> tuple[Array, Layout, VisualTokens, Array | None]:
     """Everything before the language model's first layer: (embeddings [B, T', D], layout, visual tokens, summary).
+
+    With `visual`, visual tokens [B*I, M, D] that are there already, no picture is read and there is no summary.
 
     Raises:
         ValueError: VoCo slots, but parameters of a model that never had VoCo tokens (a converted LLaVA).
@@ -181,9 +188,12 @@ def embed(
             f"method.voco = {method.voco}, but the parameters hold no voco/table: "
             "load them into those of `vlm.init`, or set method.voco = 0"
         )
-    rows, images = batch["images"].shape[:2]
-    text = question(cfg, batch, method)
-    visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary, text=text)
+    pooled = None
+    if visual is None:
+        text = question(cfg, batch, method)
+        visual, pooled = encode(cfg, params, batch["images"], method, key, summary=summary, text=text)
+    rows = batch["ids"].shape[0]
+    images = visual.valid_BM.shape[0] // rows
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
     slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
@@ -207,6 +217,7 @@ def forward(
     key: Array | None = None,
     summary: bool = False,
     token_dropout: float = 0.0,
+    visual: VisualTokens | None = None,
 ) -> Forward:
     """One pass over whole rows, for training and scoring.
 
@@ -219,14 +230,24 @@ def forward(
         key: for random selection, one or one a row (see `encode`); None = `method.seed`. Token dropout takes one.
         summary: also return the CLS summary.
         token_dropout: share of the pictures that lose a random part of their tokens, see `drop_tokens`.
+        visual: what `encode` gave for the pictures, which are not read then; slots that are not valid may be added, so
+            that methods with few tokens share a program.
     """
     key = jax.random.key(method.seed) if key is None else key
     table = jnp.asarray(TABLES[method.voco_mask]) if table is None else table
     count = method.voco if voco_count is None else voco_count
     x, slots, visual, pooled = embed(
-        cfg, params, batch, method, voco_count=count, key=key, summary=summary, token_dropout=token_dropout
+        cfg,
+        params,
+        batch,
+        method,
+        voco_count=count,
+        key=key,
+        summary=summary,
+        token_dropout=token_dropout,
+        visual=visual,
     )
-    sizes = {"images": batch["images"].shape[1], "visual": visual.valid_BM.shape[1]}
+    sizes = {"images": visual.valid_BM.shape[0] // x.shape[0], "visual": visual.valid_BM.shape[1]}
     hidden, slots, _ = decoder_site.run(cfg, params["llm"]["layers"], x, slots, table, method, **sizes)
     return Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)
 

@@ -70,6 +70,10 @@ class Decoder(NamedTuple):
         positions: "original" (position ids stay, with gaps) or "compact" (they are renumbered), as released.
         merged: merged(slots, keep) -> how many slots for merged tokens a cut adds.
         ahead: read the attention of the layer behind the cut instead of the layer before it.
+        classes: of the survey (arXiv 2507.20198).
+        count: how many tokens go on, in words.
+        source: where it is published.
+        file: of `tokzip_jax/compress/` that holds its arithmetic.
     """
 
     choose: Callable[[Look, Setting], Choice]
@@ -77,6 +81,10 @@ class Decoder(NamedTuple):
     positions: str
     merged: Callable[[int, int], int] = _no_merging
     ahead: bool = False
+    classes: tuple[str, ...] = ("attention",)
+    count: str = "the budget"
+    source: str = ""
+    file: str = ""
 
 
 def _own_row(look: Look) -> Array:
@@ -125,13 +133,30 @@ def _sparsevlm_plus(look: Look, setting: Setting) -> Choice:
     return Choice(fastv.best(sparsevlm.rate(weights, look.counts_GR), look.valid_GV, setting.keep))
 
 
+_FASTV = {"source": "arXiv 2403.06764", "file": "fastv"}
+_SPARSEVLM = {"classes": ("attention", "query"), "source": "arXiv 2410.04417", "file": "sparsevlm"}
+_AND_MERGED = "the budget, and merged ones"
 DECODER = {
-    "fastv": Decoder(_fastv, "last", "original"),
-    "fastv_paper": Decoder(_fastv_paper, "prompt", "original"),
-    "pyramiddrop": Decoder(_pyramiddrop, "last", "compact", ahead=True),
-    "sparsevlm": Decoder(_sparsevlm, "text", "compact", lambda slots, keep: sparsevlm.recycled(slots - keep)[1]),
-    "sparsevlm_v1": Decoder(_sparsevlm_v1, "text", "compact", lambda slots, keep: sparsevlm.recycled(slots)[1]),
-    "sparsevlm_plus": Decoder(_sparsevlm_plus, "text", "original"),
+    "fastv": Decoder(_fastv, "last", "original", **_FASTV),
+    "fastv_paper": Decoder(_fastv_paper, "prompt", "original", **_FASTV),
+    "pyramiddrop": Decoder(_pyramiddrop, "last", "compact", ahead=True, source="arXiv 2410.17247", file="pyramiddrop"),
+    "sparsevlm": Decoder(
+        _sparsevlm,
+        "text",
+        "compact",
+        lambda slots, keep: sparsevlm.recycled(slots - keep)[1],
+        count=_AND_MERGED,
+        **_SPARSEVLM,
+    ),
+    "sparsevlm_v1": Decoder(
+        _sparsevlm_v1,
+        "text",
+        "compact",
+        lambda slots, keep: sparsevlm.recycled(slots)[1],
+        count="by rank, up to the budget, and merged ones",
+        **_SPARSEVLM,
+    ),
+    "sparsevlm_plus": Decoder(_sparsevlm_plus, "text", "original", **_SPARSEVLM),
 }
 
 

@@ -46,6 +46,7 @@ class RowResult:
         kv_bytes: bytes that one picture keeps in the KV cache while questions about it are answered.
         prefill_flops: FLOPs of the language model from a question to the first token of its answer.
         percent_of_full, retention: ratios, see `retention.py`; `with_bounds` fills them in.
+        prefill_ms: measured milliseconds of such a prefill, a question's share of a batch.
         note: a remark, shown in a last column.
         seeds: over how many seeds the accuracies are means.
         spread: half the range of `accuracy` over those seeds.
@@ -62,6 +63,7 @@ class RowResult:
     prefill_flops: float | None = None
     percent_of_full: float | None = None
     retention: float | None = None
+    prefill_ms: float | None = None
     note: str = ""
     seeds: int = 1
     spread: float | None = None
@@ -147,9 +149,10 @@ def markdown_table(rows: Sequence[RowResult]) -> str:
 def summary(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
     """What `eval/summary.json` holds: per row the keys of `SUMMARY_KEYS`, None where the table shows a dash.
 
-    A table with a row that a study trained also has those of `STUDY_KEYS`.
+    A table with a measured prefill also has "prefill_ms", one with a row that a study trained those of `STUDY_KEYS`.
     """
-    keys = SUMMARY_KEYS + STUDY_KEYS * any(row.train_seconds is not None for row in rows)
+    keys = SUMMARY_KEYS + ("prefill_ms",) * any(row.prefill_ms is not None for row in rows)
+    keys += STUDY_KEYS * any(row.train_seconds is not None for row in rows)
     return [{key: getattr(row, key) for key in keys} for row in rows]
 
 
@@ -216,6 +219,8 @@ def _columns(rows: Sequence[RowResult]) -> dict[str, Callable[[RowResult], str]]
         "KV cache": lambda row: with_unit(row.kv_bytes, "B"),
         "prefill": lambda row: with_unit(row.prefill_flops, "FLOP"),
     }
+    if any(row.prefill_ms is not None for row in rows):
+        columns["prefill ms"] = lambda row: DASH if row.prefill_ms is None else f"{row.prefill_ms:.3g}"
     if any(row.train_seconds is not None for row in rows):
         columns |= {
             "lr": lambda row: DASH if row.learning_rate is None else f"{row.learning_rate:g}",

@@ -43,6 +43,9 @@ class Projector(NamedTuple):
             can be read with it.
         grid: it needs all patches of the raster, so that nothing may be selected before it.
         question: it reads the question, and so gives tokens for one question a row.
+        classes: of the survey (arXiv 2507.20198); none where it compresses nothing.
+        outputs: how many tokens come out, in words.
+        source: where it is published.
     """
 
     init: Callable[[ModelConfig, Array], Params]
@@ -54,6 +57,9 @@ class Projector(NamedTuple):
     weights: str = ""
     grid: bool = False
     question: bool = False
+    classes: tuple[str, ...] = ("transformation",)
+    outputs: str = "all patches"
+    source: str = ""
 
 
 def replace(tokens: VisualTokens, tokens_BMD: Array) -> VisualTokens:

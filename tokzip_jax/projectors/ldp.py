@@ -151,7 +151,9 @@ def _check_ldpv2(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
 
 
 ENTRIES = {
-    "ldp": Projector(_init_ldp, _ldp, _ldp_count, _ldp_flops, grid=True),
+    "ldp": Projector(
+        _init_ldp, _ldp, _ldp_count, _ldp_flops, grid=True, outputs="a quarter of patches", source="arXiv 2312.16886"
+    ),
     "ldpv2": Projector(
         _init_ldpv2,
         _ldpv2,
@@ -160,5 +162,7 @@ ENTRIES = {
         check=_check_ldpv2,
         options=("pool_grid",),
         grid=True,
+        outputs="pool_grid squared",
+        source="arXiv 2402.03766",
     ),
 }

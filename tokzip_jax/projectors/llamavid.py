@@ -109,5 +109,8 @@ ENTRIES = {
         options=("content_grid",),
         grid=True,
         question=True,
+        classes=("transformation", "query"),
+        outputs="1 + content_grid squared",
+        source="arXiv 2311.17043",
     )
 }

@@ -143,5 +143,15 @@ def _check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
 
 
 ENTRIES = {
-    "mqt": Projector(_init, _apply, _count, _flops, check=_check, options=("queries", "draw_budget", "mqt_keys"))
+    "mqt": Projector(
+        _init,
+        _apply,
+        _count,
+        _flops,
+        check=_check,
+        options=("queries", "draw_budget", "mqt_keys"),
+        classes=("query",),
+        outputs="queries",
+        source="arXiv 2405.19315",
+    )
 }

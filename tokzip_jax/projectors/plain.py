@@ -42,6 +42,15 @@ ENTRIES = {
         _mlp,
         _same,
         lambda cfg, method, tokens, text: mlp_flops(cfg.vit.width, cfg.llm.width, tokens),
+        classes=(),
+        source="arXiv 2310.03744",
     ),
-    "linear": Projector(init_one_layer, _linear, _same, lambda cfg, method, tokens, text: linear_flops(cfg, tokens)),
+    "linear": Projector(
+        init_one_layer,
+        _linear,
+        _same,
+        lambda cfg, method, tokens, text: linear_flops(cfg, tokens),
+        classes=(),
+        source="arXiv 2304.08485",
+    ),
 }

@@ -140,6 +140,8 @@ _AFTER_POOLING = Projector(
     options=("factor", "pool"),
     weights="linear",
     grid=True,
+    outputs="the side over factor, squared",
+    source="baseline",
 )
 ENTRIES = {
     "avgpool_linear": Projector(
@@ -152,13 +154,15 @@ ENTRIES = {
         check=_check_grid,
         options=("pool_grid",),
         grid=True,
+        outputs="pool_grid squared",
+        source="baseline",
     ),
     "pool_linear": _AFTER_POOLING,
     "pool_mlp": _AFTER_POOLING._replace(
         init=init_two_layers, apply=_pool_mlp, flops=_pool_mlp_flops, weights="mlp2x_gelu"
     ),
     "mlp_pool": _AFTER_POOLING._replace(
-        init=init_two_layers, apply=_mlp_pool, flops=_mlp_pool_flops, weights="mlp2x_gelu"
+        init=init_two_layers, apply=_mlp_pool, flops=_mlp_pool_flops, weights="mlp2x_gelu", source="arXiv 2408.03326"
     ),
     "nested_pool": Projector(
         init_two_layers,
@@ -169,5 +173,7 @@ ENTRIES = {
         options=("level", "draw_budget"),
         weights="mlp2x_gelu",
         grid=True,
+        outputs="a quarter of the patches a level",
+        source="arXiv 2405.17430",
     ),
 }

@@ -201,6 +201,9 @@ _BLIP2 = Projector(
     lambda cfg, method, tokens: cfg.projector.queries,
     lambda cfg, method, tokens, text: _flops(cfg, method, tokens, 0),
     check=check_reader,
+    classes=("query",),
+    outputs="model.projector.queries",
+    source="arXiv 2301.12597",
 )
 ENTRIES = {
     "qformer": _BLIP2,
@@ -208,5 +211,6 @@ ENTRIES = {
         init=lambda cfg, key: _init(cfg, key, question=True),
         flops=lambda cfg, method, tokens, text: _flops(cfg, method, tokens, min(text, cfg.projector.text_length)),
         question=True,
+        source="arXiv 2305.06500",
     ),
 }

@@ -48,5 +48,15 @@ def _check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
 
 
 ENTRIES = {
-    "pixel_unshuffle": Projector(_init, _apply, _count, _flops, check=_check, options=("unshuffle_order",), grid=True)
+    "pixel_unshuffle": Projector(
+        _init,
+        _apply,
+        _count,
+        _flops,
+        check=_check,
+        options=("unshuffle_order",),
+        grid=True,
+        outputs="the side over model.projector.unshuffle, squared",
+        source="arXiv 2404.16821",
+    )
 }

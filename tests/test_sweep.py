@@ -1,0 +1,229 @@
+"""A sweep: which rows it makes, what cannot be, that sharing looks and programs changes no answer, and resuming."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import small_run
+from small_run import quick_compiles
+
+from tokzip_jax import second_turn, sharding, step, sweep, sweep_run
+from tokzip_jax.config import MethodConfig, OptimConfig
+from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading
+from tokzip_jax.metrics import MetricWriter
+from tokzip_jax.training import train_stage
+from tokzip_jax.workdir import Workdir
+
+__all__ = ["quick_compiles"]
+evaluate = small_run.load_file(small_run.ROOT / "eval.py")
+ASKED, BUDGETS = ("cls_attention", "cdpruner", "downsample", "fastv", "nested_pool"), (1, 3)
+
+
+def config(data_dir):
+    """The tiny recipe cut down to the stage that is read and one that gives the recipe of projectors."""
+    cfg = small_run.tiny(data_dir)
+    names = ("question-only prior", "lower", "upper")
+    stages = {name: dataclasses.replace(cfg.stages[name], steps=1, optim=OptimConfig()) for name in ("base", "pooled")}
+    return dataclasses.replace(
+        cfg,
+        stages=stages,
+        rows={name: cfg.rows[name] for name in names},
+        eval=dataclasses.replace(cfg.eval, order=names, pictures=2, limit=4),
+        study=dataclasses.replace(cfg.study, seeds=(0, 1)),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, workdir) of a run whose first stage was trained, and that was swept."""
+    folder = tmp_path_factory.mktemp("sweep")
+    cfg, workdir = config(small_run.build_data(folder)), Workdir(folder / "run")
+    workdir.open(cfg)
+    with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)), MetricWriter(workdir.root) as writer:
+        train_stage(cfg, "base", mesh, workdir, writer)
+    evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
+    return cfg, workdir
+
+
+def test_rows_and_refusals_of_the_tiny_recipe(tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    lines, refused = sweep.plan(cfg, ["visionzip", "downsample", "fastv", "pool_mlp", "mqt"], (4, 1, 9))
+    assert [line.name for line in lines] == [
+        *("visionzip 1", "visionzip 4", "visionzip 9"),
+        *("downsample 1", "downsample 4", "downsample 9"),
+        "fastv 8",
+        *("pool_mlp 1", "pool_mlp 4", "mqt 1", "mqt 4", "mqt 9"),
+    ]
+    assert [(line.method, line.tokens) for line in refused] == [("pool_mlp", 9)]
+    assert refused[0].reason == "9 tokens cannot be made of 4 x 4 patches, but 1, 4, 16"
+    rows = {line.name: line for line in lines}
+    # The run's own row of that method and budget.
+    assert rows["visionzip 4"].row == cfg.rows["VisionZip 4"]
+    assert rows["visionzip 9"].row.method.options == {"contextual": 2}
+    assert rows["fastv 8"].row.method == MethodConfig(decoder="fastv", decoder_layers=(1,), decoder_keep=(8,))
+    assert [line.name for line in lines if line.alone] == ["fastv 8"]
+    assert {line.row.stage for line in lines} == {"base", "pool_mlp-1", "pool_mlp-4", "mqt-9"}
+    stage, recipe = rows["mqt 4"].training, cfg.stages["pooled"]
+    assert stage.method == MethodConfig(projector="mqt", draw_budget=True) and stage.init_from == "base"
+    same = ("steps", "batch_size", "optim", "seed", "train")
+    assert [getattr(stage, name) for name in same] == [getattr(recipe, name) for name in same]
+    assert rows["mqt 4"].model.projector.queries == 9
+
+
+def test_published_schedules_follow_the_depth():
+    deep = small_run.load_file(small_run.ROOT / "configs" / "tiny.py").run_config()
+    model = dataclasses.replace(deep.model, llm=dataclasses.replace(deep.model.llm, layers=32))
+    lines, _ = sweep.plan(dataclasses.replace(deep, model=model), ["fastv", "sparsevlm", "pyramiddrop"], (1,))
+    found = {line.method: (line.row.method.decoder_layers, line.row.method.decoder_keep) for line in lines}
+    assert found == {
+        "fastv": ((2,), (8,)),
+        "sparsevlm": ((2, 6, 15), (13, 10, 8)),
+        "pyramiddrop": ((8, 16, 24), (13, 10, 8)),
+    }
+
+
+def test_free_and_all_name_every_method():
+    cfg = small_run.load_file(small_run.ROOT / "configs" / "tiny.py").run_config()
+    free, every = sweep.named(cfg, ["free"]), sweep.named(cfg, ["all"])
+    assert every[: len(free)] == free and set(every) - set(free) == set(sweep.PROJECTORS) - {"mlp2x_gelu"}
+    assert set(free) == {*sweep.ENCODER, *sweep.VARIANTS, *sweep.DECODER} - {"none"}
+    assert sweep.named(cfg, ["tome", "free", "tome"])[0] == "tome" and len(sweep.named(cfg, ["tome", "free"])) == len(
+        free
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "budgets", "words"),
+    [
+        (("fastvee",), (1,), "--methods holds 'fastvee'; choose of 'all', 'free', 'random', "),
+        (("mlp2x_gelu",), (1,), "--methods holds 'mlp2x_gelu'"),
+        (("tome",), (0,), "give at least one each, budgets >= 1"),
+        (("tome",), (), "give at least one each, budgets >= 1"),
+    ],
+)
+def test_what_is_refused(asked, budgets, words, tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    with pytest.raises(ValueError) as error:
+        sweep.plan(cfg, asked, budgets)
+    assert words in str(error.value)
+
+
+def test_a_projector_needs_a_recipe(tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    alone = dataclasses.replace(cfg, stages={"base": cfg.stages["base"]})
+    _, refused = sweep.plan(alone, ["ldp"], (4,))
+    assert refused[0].reason.startswith("no stage begins from 'base' with another projector or a VoCo mask")
+
+
+def test_table_and_files(run):
+    _, workdir = run
+    folder = workdir.eval / "methods"
+    summary = {row["method"]: row for row in json.loads((folder / "summary.json").read_text())}
+    assert list(summary) == [
+        *("question-only prior", "lower", "upper", "cls_attention 1", "cls_attention 3"),
+        *("cdpruner 1", "cdpruner 3", "downsample 1", "fastv 8", "nested_pool 1"),
+    ]
+    refused = json.loads((folder / "refused.json").read_text())
+    assert [(line["method"], line["tokens"]) for line in refused] == [("downsample", 3), ("nested_pool", 3)]
+    for name, row in summary.items():
+        assert (row["prefill_ms"] is None) == (name in ("question-only prior", "lower"))
+    assert summary["cls_attention 1"]["prefill_ms"] == summary["downsample 1"]["prefill_ms"]
+    trained = summary["nested_pool 1"]
+    assert trained["seeds"] == 2 and trained["learning_rate"] == 1e-3 and trained["note"].startswith("one training")
+    assert (
+        summary["fastv 8"]["visual_tokens"] == 16
+        and summary["fastv 8"]["prefill_flops"] < summary["upper"]["prefill_flops"]
+    )
+    text = (folder / "table.txt").read_text()
+    assert "prefill ms" in text and "| cdpruner 3 |" in (folder / "table.md").read_text()
+    assert all((workdir.figures / f"{name}.png").stat().st_size > 1000 for name in ("methods", "methods_kept"))
+
+
+def test_a_second_call_measures_nothing(run, monkeypatch):
+    _, workdir = run
+    before = {path: path.read_bytes() for path in workdir.eval.rglob("*.json")}
+    for name in ("measure", "score"):
+        monkeypatch.setattr(SharedRunner, name, None)
+    monkeypatch.setattr(sweep_run, "train_stage", None)
+    monkeypatch.setattr(sweep_run, "interleave", None)
+    text = evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
+    assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
+    assert (workdir.eval / "methods" / "table.txt").read_text().strip() in text
+    assert "downsample 3: 3 tokens are no smaller square grid" in text
+
+
+def opened(run, name, memory=None):
+    """(line, runner, parameters) of a row of the sweep."""
+    cfg, workdir = run
+    method, _, tokens = name.partition(" ")
+    [line] = sweep.plan(cfg, [method], (int(tokens),))[0]
+    mesh = sharding.make_mesh(cfg.mesh)
+    runner = SharedRunner.create(sweep.run_config(cfg, [line]), workdir, mesh)
+    runner = dataclasses.replace(runner, memory=memory or Memory(("cls_attention_BP",)))
+    return line, runner, runner.load(line.row)
+
+
+@pytest.mark.parametrize("name", ["random 3", "downsample 4", "cdpruner 3", "fastv 8"])
+def test_shared_looks_and_programs_change_no_answer(run, name):
+    """The logits of every answer against those of the whole model run on every row."""
+    line, runner, params = opened(run, name)
+    model, method, memory = runner.cfg.model, line.row.method, runner.memory
+    with jax.set_mesh(runner.mesh):
+        batch = runner.rows()[0]
+        assert batch["ids"].shape[1] < runner.cfg.data.text_length
+        visual = runner.encode(params, method, batch, jax.random.key(5))
+        assert np.all(np.sum(visual.valid_BM, axis=1) == (16 if name == "fastv 8" else line.tokens))
+        assert visual.valid_BM.shape[1] == 16
+        inputs = {key: batch[key] for key in ("ids", "thread", "sample", "supervised")}
+        options = {"questions": batch["question"].shape[1], "max_targets": 8}
+
+        def whole(params, inputs, images, example):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), example)
+            return step.answers(model, method, params, {**inputs, "images": images}, key=keys, **options)
+
+        def shared(params, inputs, visual):
+            return step.answers(model, reading(method), params, inputs, visual=visual, **options)
+
+        images = memory.images[np.maximum(batch["example"], 0)]
+        expected = jax.jit(whole)(params, inputs, images, batch["example"])
+        found = jax.jit(shared)(language_model(params), inputs, jax.device_get(visual))
+    real = batch["question"] >= 0
+    assert np.any(real)
+    np.testing.assert_allclose(np.asarray(found[1])[real], np.asarray(expected[1])[real], rtol=1e-4, atol=1e-4)
+
+
+def test_every_question_counts_once_by_its_type(run, monkeypatch):
+    line, runner, params = opened(run, "random 3")
+    monkeypatch.setattr(SharedRunner, "encode", lambda *_: None)
+    monkeypatch.setattr(SharedRunner, "read", lambda self, params, method, batch, visual: batch["question"] % 2 == 0)
+    score, _ = runner.score(params, line.row.method, 0)
+    kinds = [(kind, number % 2 == 0) for text in runner.examples for number, kind in enumerate(text["types"])]
+    assert len(kinds) == 8 and score.accuracy == np.mean([right for _, right in kinds])
+    for name in {kind for kind, _ in kinds}:
+        assert score.by_type[name] == np.mean([right for kind, right in kinds if kind == name])
+
+
+def test_second_turns_keep_the_first_choice(run, monkeypatch):
+    """Of the second of two questions: CDPruner's tokens are those for the first one, and not those for itself."""
+    memory = Memory()
+    line, runner, _ = opened(run, "cdpruner 3", memory)
+    seen = {}
+
+    def spy(self, params, method, batch, visual, *, turns=False):
+        assert turns
+        for row in np.flatnonzero(batch["example"] >= 0):
+            seen[batch["question"].shape[1], int(batch["example"][row]), int(batch["question"][row, 0])] = np.asarray(
+                visual.tokens_BMD[row]
+            )
+        return batch["question"] == self.cfg.data.questions - 1
+
+    monkeypatch.setattr(SharedRunner, "read", spy)
+    with jax.set_mesh(runner.mesh):
+        found = second_turn.measure(runner, line)
+    # The spy calls the second question right in rows of two, and the first one in rows of one.
+    assert found == {"kept": 1.0, "again": 0.0, "questions": 4}
+    for example in range(4):
+        np.testing.assert_allclose(seen[2, example, 0], seen[1, example, 0], rtol=1e-5, atol=1e-6)
+        assert (1, example, 1) in seen

@@ -1,0 +1,204 @@
+"""Scoring many methods on one split: the tower looks at every picture once, and rows of few tokens share a program.
+
+A method costs what it does to the features and one pass of the language model. The result is `Runner`'s own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tokzip_jax import encoder_site, layout, sharding, step, vlm
+from tokzip_jax.compress.entry import ABOUT_QUESTION
+from tokzip_jax.config import AutoConfig, MethodConfig, ModelConfig, ProjectorConfig
+from tokzip_jax.evals import scoring
+from tokzip_jax.evals.runner import FIXED, Runner
+from tokzip_jax.types import Array, Params, VisionFeatures, VisualTokens
+
+SLOTS = 16  # methods that give up to so many tokens are read by one program
+TEXT = ("ids", "thread", "sample", "supervised")
+_DECODER = tuple(field.name for field in dataclasses.fields(MethodConfig) if field.name.startswith("decoder"))
+NO_DECODER = {name: getattr(MethodConfig(), name) for name in _DECODER}
+
+
+@dataclasses.dataclass
+class Memory:
+    """A split in host memory, for runners that differ in model, rows and questions a row.
+
+    Attributes:
+        signals: what the methods read of the tower, beside patches and CLS token.
+        images: uint8 [N, I, H, W, 3], one entry an example; None until it was read.
+        batches: by questions a row: rows without pictures, their text cut to the longest one.
+        features: what was seen of the pictures, by what was done to them; arrays [N * I, ...].
+    """
+
+    signals: tuple[str, ...] = ()
+    images: np.ndarray | None = None
+    batches: dict[int, list[dict[str, np.ndarray]]] = dataclasses.field(default_factory=dict)
+    features: dict[MethodConfig, VisionFeatures] = dataclasses.field(default_factory=dict)
+
+
+def pad(tokens: VisualTokens, slots: int) -> VisualTokens:
+    """The same tokens with empty slots behind them, `slots` in all."""
+
+    def more(x: Array, value: float) -> Array:
+        width = [(0, 0)] * x.ndim
+        width[1] = (0, slots - x.shape[1])
+        return jnp.pad(x, width, constant_values=value)
+
+    return dataclasses.replace(
+        tokens,
+        tokens_BMD=more(tokens.tokens_BMD, 0),
+        valid_BM=more(tokens.valid_BM, False),
+        position_BM=more(tokens.position_BM, -1),
+        size_BM=more(tokens.size_BM, 0),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _looker(cfg: ModelConfig, method: MethodConfig, signals: tuple[str, ...] | None, mesh: Mesh) -> Callable[..., Any]:
+    def look(params: Params, images: Array) -> VisionFeatures:
+        return encoder_site.look(cfg, params, images, method, signals=signals)[0]
+
+    return jax.jit(look, out_shardings=NamedSharding(mesh, P()))
+
+
+@functools.lru_cache(maxsize=256)
+def _encoder(cfg: ModelConfig, method: MethodConfig, mesh: Mesh) -> Callable[..., VisualTokens]:
+    def encode(params: Params, features: VisionFeatures, batch: dict[str, Array], key: Array) -> VisualTokens:
+        # A picture's key is its own, as in `Runner`.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["example"])
+        pictures = features.patches_BPD.shape[0] // keys.shape[0]
+        blank = jnp.zeros((keys.shape[0], pictures, 0, 0, 3), jnp.uint8)  # of pictures only their number is read
+        text = layout.question(batch, cfg.projector.text_length) if vlm.reads_question(method) else None
+        visual, _ = vlm.encode(cfg, params, blank, method, keys, text=text, features=features)
+        return visual if visual.valid_BM.shape[1] >= SLOTS else pad(visual, SLOTS)
+
+    return jax.jit(encode, out_shardings=NamedSharding(mesh, P("data")))
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(
+    cfg: ModelConfig, method: MethodConfig, questions: int, targets: int, turns: bool, mesh: Mesh
+) -> Callable[..., Array]:
+    def read(params: Params, batch: dict[str, Array], visual: VisualTokens) -> Array:
+        options = {"questions": questions, "max_targets": targets, "visual": visual, "turns": turns}
+        return step.answers(cfg, method, params, batch, **options)[0]
+
+    return jax.jit(read, out_shardings=NamedSharding(mesh, P()))
+
+
+def reading(method: MethodConfig) -> MethodConfig:
+    """What of a method the language model has to know, when the visual tokens are there."""
+    return MethodConfig(positions=method.positions, **{name: getattr(method, name) for name in NO_DECODER})
+
+
+def language_model(params: Params) -> Params:
+    """The parameters that read visual tokens."""
+    return {name: params[name] for name in ("llm", "lora") if name in params}
+
+
+def inside(cfg: ModelConfig, method: MethodConfig) -> bool:
+    """Whether a method changes the picture or works inside the tower, so that the tower has to look again."""
+    ahead, _ = encoder_site.plan(cfg, method)
+    return bool(ahead.grid or ahead.between)
+
+
+def tower_signals(cfg: ModelConfig, method: MethodConfig) -> set[str]:
+    """What a method reads of the tower that looks once for all."""
+    _, signals = encoder_site.plan(cfg, method)
+    return set() if inside(cfg, method) else set(signals) - set(ABOUT_QUESTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedRunner(Runner):
+    """A runner that keeps pictures and features of the split in host memory: for a picture P x D floats, and as much
+    again for keys, which `eval.limit` bounds. All stages that it reads must have the same vision tower.
+
+    Attributes:
+        memory: of the split.
+    """
+
+    memory: Memory = dataclasses.field(default_factory=Memory)
+
+    def rows(self) -> list[dict[str, np.ndarray]]:
+        """The eval rows without pictures."""
+        memory, questions = self.memory, self.cfg.data.questions
+        if questions not in memory.batches:
+            found, images = [], {}
+            for batch in self.batches():
+                pictures = batch.pop("images")
+                images |= {int(n): picture for n, picture in zip(batch["example"], pictures) if n >= 0}
+                found.append(batch)
+            length = max(int(np.max(np.sum(batch["sample"] > 0, axis=1))) for batch in found)
+            memory.batches[questions] = [{**b, **{name: b[name][:, :length] for name in TEXT}} for b in found]
+            if memory.images is None:
+                blank = np.zeros_like(next(iter(images.values())))
+                memory.images = np.stack([images.get(n, blank) for n in range(max(images) + 1)])
+        return memory.batches[questions]
+
+    def features(self, params: Params, method: MethodConfig) -> VisionFeatures:
+        """What the tower says of every picture: one look for all methods that leave it as it is."""
+        own = inside(self.cfg.model, method)
+        key = MethodConfig(encoder=method.encoder, tokens=method.tokens, options=method.options)
+        key = key if own else MethodConfig()
+        if key not in self.memory.features:
+            run = _looker(self.cfg.model, key, None if own else self.memory.signals, self.mesh)
+            flat = self.memory.images.reshape(-1, *self.memory.images.shape[2:])
+            size, parts = self.cfg.eval.batch_size, []
+            for start in range(0, len(flat), size):
+                part = flat[start : start + size]
+                part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+                parts.append(jax.device_get(run(params["vit"], sharding.place(self.mesh, part, "data"))))
+            self.memory.features[key] = jax.tree.map(lambda *x: np.concatenate(x)[: len(flat)], *parts)
+        return self.memory.features[key]
+
+    def encode(self, params: Params, method: MethodConfig, batch: dict[str, np.ndarray], key: Array) -> VisualTokens:
+        """Visual tokens of the pictures of a batch, behind the projector, with empty slots up to `SLOTS`.
+
+        A method that reads the question reads the first one of each row.
+        """
+        examples = np.maximum(batch["example"], 0)
+        pictures = self.memory.images.shape[1]
+        index = (examples[:, None] * pictures + np.arange(pictures)).reshape(-1)
+        seen = jax.tree.map(lambda x: x[index], self.features(params, method))
+        given = (seen, {name: batch[name] for name in (*TEXT, "example")})
+        needed = {name: params[name] for name in ("projector", "llm", "lora") if name in params}
+        run = _encoder(self.cfg.model, dataclasses.replace(method, seed=0, **NO_DECODER), self.mesh)
+        return run(needed, *sharding.place(self.mesh, given, "data"), key)
+
+    def read(
+        self,
+        params: Params,
+        method: MethodConfig,
+        batch: dict[str, np.ndarray],
+        visual: VisualTokens,
+        *,
+        turns: bool = False,
+    ) -> np.ndarray:
+        """[B, Q] which questions of a batch are answered exactly from these visual tokens; `turns` as in `answers`."""
+        targets = max(int(np.max(np.sum(other["supervised"], axis=1))) for other in self.rows())
+        model = dataclasses.replace(self.cfg.model, projector=ProjectorConfig())  # not read: one program for all
+        run = _reader(model, reading(method), batch["question"].shape[1], targets, turns, self.mesh)
+        inputs = sharding.place(self.mesh, {name: batch[name] for name in TEXT}, "data")
+        return jax.device_get(run(language_model(params), inputs, visual))
+
+    def score(
+        self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED
+    ) -> tuple[scoring.Score, float | None]:
+        """As in `Runner`, which also scores what has VoCo tokens."""
+        if method.voco or auto.ladder:
+            return super().score(params, method, seed, auto)
+        tally, key = scoring.Tally(), jax.random.key(seed)
+        for batch in self.rows():
+            right = self.read(params, method, batch, self.encode(params, method, batch, key))
+            for row, thread in zip(*np.nonzero((batch["question"] >= 0) & (batch["example"] >= 0)[:, None])):
+                question = self.examples[batch["example"][row]]["types"][batch["question"][row, thread]]
+                tally.add(question, bool(right[row, thread]))
+        return tally.score(), None
