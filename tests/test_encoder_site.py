@@ -249,7 +249,7 @@ REFUSED = {
         method("visionzip_merged", side=3),
         r"x: .*groups of 3 x 3 patches do not fill a grid of 4 x 4",
     ),
-    "merged": (CFG, method("visionzip_merged", 3, contextual=4), r"options\.contextual must be 0 \.\. 3"),
+    "merged": (CFG, method("visionzip_merged", 3, contextual=4), r"x: visionzip_merged: 4 contextual of 3 .* 0 \.\. 3"),
     "neighbours": (
         CFG,
         method("prumerge"),
@@ -288,7 +288,7 @@ REFUSED = {
     "patches behind a Q-Former": (
         CFG,
         dataclasses.replace(method("divprune"), **QFORMER),
-        r"x\.projector = 'qformer' does not work patch by patch; choose one of .*, or x\.options\.compare = 'patches'$",
+        r"x\.encoder = 'divprune' .* patch by patch; choose one of .*, or x\.options\.compare = 'patches'$",
     ),
 }
 
