@@ -14,11 +14,11 @@ from ml_collections import config_flags
 from tokzip_jax import entry, environment, recipe, report
 from tokzip_jax.config import RunConfig
 from tokzip_jax.config_io import from_config_dict
-from tokzip_jax.data import sources
+from tokzip_jax.data import sources, tokenizer
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.metrics import MetricWriter, say
 from tokzip_jax.study import Study
-from tokzip_jax.training import train_stage
+from tokzip_jax.training import train_all
 from tokzip_jax.workdir import Workdir
 
 
@@ -27,12 +27,16 @@ def run(cfg: RunConfig, workdir: Workdir) -> None:
     mesh = entry.start(cfg)
     recipe.check(cfg)
     sources.load(cfg.data, "train")
+    if cfg.rows:
+        sources.load(cfg.data, cfg.eval.split)
+    if len(cfg.study.learning_rates) > 1 and cfg.study.stages:
+        sources.load(cfg.data, cfg.study.split)
     workdir.open(cfg)
+    tokenizer.check(workdir.load_tokenizer(cfg.data), cfg.model.llm.vocab_size)
     workdir.append_json("environment.json", environment.describe(cfg.seed))
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     with jax.set_mesh(mesh), MetricWriter(workdir.root) as writer:
-        for cfg_of_stage, name in Study(cfg, workdir, mesh).trainings():
-            train_stage(cfg_of_stage, name, mesh, workdir, writer)
+        train_all(Study(cfg, workdir, mesh), writer)
         if cfg.rows:
             say(report.make(Runner.create(cfg, workdir, mesh)))
 

@@ -134,14 +134,14 @@ def rows() -> dict[str, c.RowConfig]:
         "question-only prior": c.RowConfig(stage=""),
         "lower": c.RowConfig(method=read(1)),
         "VoCo 1": c.RowConfig(stage="voco1", method=read(1)),
-        "VoCo 1, KL": c.RowConfig(stage="kl", method=read(1)),
-        "VoCo 1, one pass": c.RowConfig(stage="onepass", method=read(1)),
-        "VoCo 1, progressive": c.RowConfig(stage="progressive", method=read(1)),
+        "VoCo 1 KL": c.RowConfig(stage="kl", method=read(1)),
+        "VoCo 1 one pass": c.RowConfig(stage="onepass", method=read(1)),
+        "VoCo 1 progressive": c.RowConfig(stage="progressive", method=read(1)),
         "average pooling 1": c.RowConfig(stage="pooled1", method=grid(1)),
         **{f"VoCo {count}": c.RowConfig(stage=f"voco{count}", method=read(count)) for count in LADDER[1:]},
         "average pooling 4": c.RowConfig(stage="pooled4", method=grid(2)),
         **{f"elastic {count}": c.RowConfig(stage="elastic", method=read(count)) for count in LADDER},
-        **{f"k=auto, {name}": choosing(threshold) for name, threshold in THRESHOLDS.items()},
+        **{f"k=auto {name}": choosing(threshold) for name, threshold in THRESHOLDS.items()},
     }
     for tokens in BUDGETS:
         merging = c.MethodConfig(encoder="visionzip", tokens=tokens, options={"contextual": tokens // 4})

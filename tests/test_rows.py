@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from tokzip_jax.config import DataConfig
 from tokzip_jax.data import tokenizer as bpe
@@ -109,3 +110,12 @@ def test_a_description_is_asked_for_first(tok_300):
     pairs = [("what is the shape?", "a red circle"), ("red", "a"), ("is it", "b")]
     assert len(rows) == 1 and read_row(rows.row(0), tok_300) == pairs
     assert text["questions"] == ["red", "is it"]  # what the caller holds stays as it is
+
+
+def test_a_tokenizer_that_the_model_cannot_read(tok_300):
+    bpe.check(tok_300, tok_300.get_vocab_size())
+    with pytest.raises(ValueError, match=r"data\.tokenizer knows \d+ tokens, more than model\.llm\.vocab_size = 200"):
+        bpe.check(tok_300, 200)
+    plain = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a"))
+    with pytest.raises(ValueError, match=r"BOS and EOS as special tokens at the ids 1 and 2, .* are at \[\]"):
+        bpe.check(plain, 3)

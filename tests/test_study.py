@@ -10,7 +10,7 @@ import pytest
 import small_run
 from small_run import quick_compiles
 
-from tokzip_jax import config_check, recipe, sharding
+from tokzip_jax import config_check, recipe, sharding, training
 from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, ScenesConfig, StudyConfig
 from tokzip_jax.metrics import read_metrics
 from tokzip_jax.study import Study, Variant, with_variant
@@ -73,13 +73,13 @@ def test_variants_are_the_stage_but_for_rate_seed_and_length(tmp_path):
     found = dataclasses.replace(variant, steps=7).config(stage)
     assert (found.optim.learning_rate, found.seed, found.steps) == (1e-3, 2, 7)
     back = dataclasses.replace(found, seed=0, steps=stage.steps, optim=stage.optim)
-    assert back == stage
+    assert back == dataclasses.replace(stage, drawn_as="voco")
     long = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, warmup_steps=4))
     assert dataclasses.replace(variant, steps=2).config(long).optim.warmup_steps == 2
     more = with_variant(cfg, variant, "validation", 3)
     assert more.rows["VoCo 1 voco-lr0.001-seed2 validation"].stage == variant.name
     assert (more.eval.split, more.eval.limit) == ("validation", 3) and set(cfg.rows) < set(more.rows)
-    config_check.validate(more)
+    config_check.validate(with_variant(cfg, variant))
 
 
 def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
@@ -89,13 +89,17 @@ def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
     shapes = {"images": ((8, 1, 64, 64, 3), "uint8"), "captions": ((8, 48), "int32")}
     shapes |= {name: ((8, 160), "int32") for name in ("ids", "thread", "sample")} | {"supervised": ((8, 160), "bool")}
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    texts = []
+    texts, keys = [], []
     for variant in (Variant("pooled", 1e-3, 0), Variant("pooled", 2e-3, 0, 9), Variant("pooled", 1e-3, 1)):
         stage = recipe.prepare(with_variant(cfg, variant), variant.name, mesh, Workdir(tmp_path))
         given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stage.given(0))
         with jax.set_mesh(mesh):
             texts.append(stage.run_step.lower(stage.abstract, batch, None, given).as_text())
+        keys.append(stage.given(0)["key"].tolist())
     assert texts[0] == texts[1] == texts[2]
+    # One seed draws the same whatever the rate and length, and what the stage itself draws; another one does not.
+    assert keys[0] == keys[1] == recipe.prepare(cfg, "pooled", mesh, Workdir(tmp_path)).given(0)["key"].tolist()
+    assert keys[2] != keys[0]
 
 
 def test_every_training_is_there_and_no_other(done):
@@ -138,7 +142,7 @@ def test_the_table_is_the_mean_of_the_trainings(done):
 def test_a_finished_study_trains_nothing_and_says_the_same(done, monkeypatch, capsys):
     cfg, workdir = done
     before = {path: path.read_bytes() for path in workdir.eval.rglob("*.json")}
-    monkeypatch.setattr(train, "train_stage", None)
+    monkeypatch.setattr(training, "train_stage", None)
     train.run(cfg, workdir)
     table = (workdir.eval / "table.txt").read_text()
     assert table in capsys.readouterr().out
@@ -158,6 +162,29 @@ def test_a_training_that_is_missing_is_made_again(done):
     marker.unlink()
     assert [name for _, name in study.trainings()] == [gone.name]
     marker.write_text(text)
+
+
+def test_a_rate_that_diverges_is_left_out(done, tmp_path):
+    """Its loss is NaN in the first step; the other one is chosen, and the same command does not try again."""
+    cfg, workdir = done
+    for name in ("checkpoints/base", "tokenizer.json", "eval/step_times.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(workdir.root / name)
+    study = dataclasses.replace(STUDY, stages=("pooled",), learning_rates=(1e30, 1e-3), seeds=(0,), equal_time="")
+    cfg = dataclasses.replace(cfg, study=study)
+    cfg = dataclasses.replace(cfg, rows={name: cfg.rows[name] for name in cfg.rows if cfg.rows[name].stage != "voco"})
+    cfg = dataclasses.replace(cfg, stages={name: cfg.stages[name] for name in ("base", "pooled")})
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, order=()))
+    train.run(cfg, Workdir(tmp_path))
+    found = Study(cfg, Workdir(tmp_path), sharding.make_mesh(cfg.mesh))
+    assert found.diverged() == ["pooled-lr1e+30-seed0"] and found.rate("pooled") == 1e-3
+    assert list(found.trainings()) == []
+    record = json.loads((tmp_path / "eval" / "study.json").read_text())["trainings"]
+    assert [(entry["rate"], entry.get("diverged", False)) for entry in record] == [(1e30, True), (1e-3, False)]
+    (tmp_path / "eval" / "diverged.json").write_text(json.dumps(["pooled-lr1e+30-seed0", "pooled-lr0.001-seed0"]))
+    with pytest.raises(ValueError, match="'pooled' diverged at every rate"):
+        found.rate("pooled")
+    assert not found.give_up("base")
 
 
 def test_step_times_are_measured_once(done, tmp_path):
@@ -184,6 +211,7 @@ def test_step_times_are_measured_once(done, tmp_path):
         ({"learning_rates": (1e-3, 0.0)}, "study.learning_rates entry = 0.0 must be above 0"),
         ({"equal_time": "base"}, "study.equal_time = 'base' is unknown; choose one of '', 'voco', 'pooled'"),
         ({"limit": -1}, "study.limit = -1 must be >= 0"),
+        ({"split": "test"}, "study.split = 'test' would choose learning rates on what eval.split measures"),
     ],
 )
 def test_studies_that_cannot_be(changes, words, tmp_path):

@@ -187,6 +187,7 @@ class StageConfig:
 
     init_from: str = ""  # "" = fresh; the name of an earlier stage, or a path of converted parameters
     seed: int = 0  # added to the run's: fresh parameters, order of the data, what is random in a step
+    drawn_as: str = ""  # the stage whose name is in its random keys, so that two stages draw alike; "" = its own
     steps: int = 1
     batch_size: int = 32  # rows a step, over all devices
     train: tuple[str, ...] = (".*",)  # path patterns of the parameters that train; the others are frozen

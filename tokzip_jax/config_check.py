@@ -38,6 +38,7 @@ def validate(cfg: RunConfig) -> None:
     require(cfg.mesh.data != -1 or cfg.mesh.model != -1, "mesh.data and mesh.model cannot both be -1")
     stage_order(cfg)
     for name, stage in cfg.stages.items():
+        require("/" not in name and name not in (".", ".."), f"the stage name {name!r} must do as the name of a folder")
         _stage(f"stages.{name}", stage, cfg)
     for name, row in cfg.rows.items():
         at_least(f"rows.{name}.seeds", row.seeds, 1)
@@ -231,6 +232,10 @@ def _study(cfg: RunConfig) -> None:
             f"study.stages holds {name!r}, which no row with a fixed number of tokens reads: nothing can choose "
             "its learning rate; add such a row",
         )
+    require(
+        not study.stages or len(study.learning_rates) < 2 or study.split != cfg.eval.split,
+        f"study.split = {study.split!r} would choose learning rates on what eval.split measures; give another one",
+    )
     for key in ("stages", "learning_rates", "seeds"):
         values = getattr(study, key)
         require(len(set(values)) == len(values), f"study.{key} = {values} holds an entry twice")

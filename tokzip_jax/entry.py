@@ -54,7 +54,7 @@ def main(run: Callable[[], None]) -> None:
         sharding.initialize_distributed()
         try:
             run()
-        except (ValueError, FileNotFoundError, ModuleNotFoundError, NotFinite) as error:
+        except (ValueError, OSError, ModuleNotFoundError, NotFinite) as error:
             if not _said_by_us(error):
                 traceback.print_exc()
             logging.debug("traceback", exc_info=True)

@@ -183,10 +183,12 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         ValueError: a train pattern without a parameter, or a checkpoint of another model to start from.
     """
     stage = cfg.stages[name]
+    drawn_as = stage.drawn_as or name
 
     def keys() -> Array:
         """The stage's keys for its first parameters and for its steps, whatever the order in which stages run."""
-        return jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed + stage.seed), zlib.crc32(name.encode())))
+        key = jax.random.key(cfg.seed + stage.seed)
+        return jax.random.split(jax.random.fold_in(key, zlib.crc32(drawn_as.encode())))
 
     params = shapes(cfg, stage.method.projector, stage.lora)
     rates = np.asarray(jax.vmap(optim.make_schedule(stage.optim, stage.steps))(jnp.arange(stage.steps)), np.float32)
@@ -244,7 +246,7 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
 
     budget = None
     if stage.progressive.site:
-        budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed + stage.seed, name=name)
+        budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed + stage.seed, name=drawn_as)
     return Stage(name, stage, program, given, abstract, begin, _teacher(cfg, stage, mesh, workdir), budget)
 
 

@@ -31,6 +31,8 @@ from tokzip_jax.workdir import Workdir, write_atomically
 
 TIMES = "step_times.json"
 RECORD = "study.json"
+DIVERGED = "diverged.json"
+EDGE = "the best rate is at the edge of those tried"
 ROUNDS = 6  # of the timing, stage after stage in each
 STEPS = 4  # timed at a time
 WARM = 2  # steps before the first timed one of a program
@@ -63,7 +65,9 @@ class Variant:
         optim = dataclasses.replace(
             stage.optim, learning_rate=self.rate, warmup_steps=min(stage.optim.warmup_steps, steps)
         )
-        return dataclasses.replace(stage, steps=steps, seed=stage.seed + self.seed, optim=optim)
+        # Trainings of one seed draw the same first parameters, whatever their rate and length.
+        drawn = stage.drawn_as or self.stage
+        return dataclasses.replace(stage, steps=steps, seed=stage.seed + self.seed, drawn_as=drawn, optim=optim)
 
 
 def rates(cfg: RunConfig, stage: str) -> tuple[float, ...]:
@@ -104,13 +108,13 @@ class Study:
 
     Attributes:
         cfg, workdir, mesh: of the run.
-        readers: the runner of each split; made when first asked for.
+        readers: the runner of each split and limit; made when first asked for.
     """
 
     cfg: RunConfig
     workdir: Workdir
     mesh: Mesh
-    readers: dict[str, Runner] = dataclasses.field(default_factory=dict)
+    readers: dict[tuple[str, int], Runner] = dataclasses.field(default_factory=dict)
 
     def trainings(self) -> Iterator[tuple[RunConfig, str]]:
         """What has to be trained, in order: (config, its stage). Train each one before asking for the next, which may
@@ -136,8 +140,26 @@ class Study:
             yield from self._unfinished(with_variant(self.cfg, variant), variant.name)
 
     def _unfinished(self, cfg: RunConfig, name: str) -> Iterator[tuple[RunConfig, str]]:
-        if finished(self.workdir.checkpoints(name)) is None:
+        if finished(self.workdir.checkpoints(name)) is None and name not in self.diverged():
             yield cfg, name
+
+    def diverged(self) -> list[str]:
+        """Trainings of a search whose loss was not finite: the search goes on without them."""
+        path = self.workdir.eval / DIVERGED
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def give_up(self, name: str) -> bool:
+        """Note that a training diverged; False = it was none of a search, and nothing can replace it."""
+        studied = self.cfg.study.stages
+        tried = [v.name for stage in studied if len(rates(self.cfg, stage)) > 1 for v in self.searched(stage)]
+        if name not in tried:
+            return False
+        names = [*self.diverged(), name]
+        sharding.wait_for_all("every process has read which trainings diverged")
+        if jax.process_index() == 0:
+            write_atomically(self.workdir.eval / DIVERGED, json.dumps(names) + "\n")
+        sharding.wait_for_all("the diverged training is noted")
+        return True
 
     def searched(self, stage: str) -> list[Variant]:
         """The trainings that a stage's learning rate is chosen from."""
@@ -156,11 +178,22 @@ class Study:
         return [dataclasses.replace(variant, steps=steps) for variant in self.repeated(stage)]
 
     def rate(self, stage: str) -> float:
-        """The learning rate of the most accurate training on the validation split; the first one of equals."""
+        """The learning rate of the most accurate training on the validation split; the first one of equals.
+
+        Raises:
+            ValueError: every rate diverged.
+        """
         tried = self.searched(stage)
         if len(tried) == 1:
             return tried[0].rate
-        return max(tried, key=self.validated).rate
+        gone = self.diverged()
+        left = [variant for variant in tried if variant.name not in gone]
+        if not left:
+            raise ValueError(
+                f"stage {stage!r} diverged at every rate of study.learning_rates = {self.cfg.study.learning_rates}: "
+                "start again in a new workdir with lower ones"
+            )
+        return max(left, key=self.validated).rate
 
     def validated(self, variant: Variant) -> float:
         """Mean accuracy of a variant's rows on the validation split.
@@ -177,10 +210,15 @@ class Study:
     ) -> table.RowResult:
         """A row of a variant, measured once; `again` measures it anyway."""
         cfg = with_variant(self.cfg, variant, split, limit)
-        if cfg.eval.split not in self.readers:
-            self.readers[cfg.eval.split] = Runner.create(cfg, self.workdir, self.mesh)
-        reader = dataclasses.replace(self.readers[cfg.eval.split], cfg=cfg)
-        return dataclasses.replace(reader.cached(row_name(name, variant, split), again=again), method=name)
+        found = self._reader(cfg).cached(row_name(name, variant, split), again=again)
+        return dataclasses.replace(found, method=name)
+
+    def _reader(self, cfg: RunConfig) -> Runner:
+        """A runner of a config; the examples of its split are read once."""
+        key = (cfg.eval.split, cfg.eval.limit)
+        if key not in self.readers:
+            self.readers[key] = Runner.create(cfg, self.workdir, self.mesh)
+        return dataclasses.replace(self.readers[key], cfg=cfg)
 
     def _rows_of(self, stage: str) -> list[tuple[str, RowConfig]]:
         return [(name, row) for name, row in self.cfg.rows.items() if row.stage == stage]
@@ -189,14 +227,17 @@ class Study:
         """A row of the table; of a studied stage the mean over the seeds, with what `StudyConfig` adds to it."""
         cfg, stage = self.cfg, self.cfg.rows[name].stage
         if stage not in cfg.study.stages:
-            reader = self.readers.setdefault(cfg.eval.split, Runner.create(cfg, self.workdir, self.mesh))
-            return dataclasses.replace(reader, cfg=cfg).cached(name, again=again)
+            return self._reader(cfg).cached(name, again=again)
         seconds = self.step_times()[stage] * cfg.stages[stage].steps
         more = {"learning_rate": self.rate(stage), "train_seconds": seconds}
         if cfg.study.equal_time:
             equal = self._mean(name, self.timed(stage), again)
             more |= {"accuracy_equal_time": equal.accuracy, "spread_equal_time": equal.spread}
-        return dataclasses.replace(self._mean(name, self.repeated(stage), again), **more)
+        mean = self._mean(name, self.repeated(stage), again)
+        tried = rates(cfg, stage)
+        if len(tried) > 2 and self.rate(stage) in (min(tried), max(tried)):
+            more["note"] = f"{mean.note}; {EDGE}" if mean.note else EDGE
+        return dataclasses.replace(mean, **more)
 
     def _mean(self, name: str, variants: list[Variant], again: bool) -> table.RowResult:
         return table.mean_over_seeds([self.measured(name, variant, again=again) for variant in variants])
@@ -219,7 +260,9 @@ class Study:
             timed = self.timed(stage) if self.cfg.study.equal_time else []
             for variant in dict.fromkeys([*searched, *repeated, *timed]):
                 entry = {**dataclasses.asdict(variant), "steps": variant.steps or self.cfg.stages[stage].steps}
-                if variant in searched and len(searched) > 1:
+                if variant.name in self.diverged():
+                    entry["diverged"] = True
+                elif variant in searched and len(searched) > 1:
                     entry["validation"] = self.validated(variant)
                 if variant in repeated or variant in timed:
                     entry["test"] = {name: self.measured(name, variant).accuracy for name, _ in self._rows_of(stage)}
@@ -246,7 +289,9 @@ class Study:
         times = {run.name: statistics.median(column) for run, column in zip(runs, zip(*seconds))}
         if jax.process_index() == 0:
             write_atomically(path, json.dumps(times, indent=2) + "\n")
-        return times
+        # Lengths of trainings follow from these: every process has to read the same ones.
+        sharding.wait_for_all("the times of the steps are written")
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 class _Timed:

@@ -22,7 +22,7 @@ from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import MetricWriter, say
 from tokzip_jax.study import Study, rates
 from tokzip_jax.sweep import Line, Refused
-from tokzip_jax.training import train_stage
+from tokzip_jax.training import train_all
 from tokzip_jax.types import Array, Params, VisualTokens
 from tokzip_jax.workdir import Workdir, write_atomically
 
@@ -107,14 +107,15 @@ class Sweep:
         """The rows of one stage, which is trained at the study's learning rates and seeds where it was not yet."""
         cfg, stage = sweep.run_config(self.cfg, lines), lines[0].row.stage
         part = Part(self.workdir, stage)
-        readers: dict[str, Runner] = {cfg.eval.split: dataclasses.replace(self.base, cfg=cfg, workdir=part)}
-        if len(rates(cfg, stage)) > 1 and cfg.study.split not in readers:
-            measured = dataclasses.replace(cfg.eval, split=cfg.study.split, limit=cfg.study.limit)
-            readers[cfg.study.split] = SharedRunner.create(dataclasses.replace(cfg, eval=measured), part, self.mesh)
+        split, limit = cfg.study.split, cfg.study.limit
+        tested = dataclasses.replace(self.base, cfg=cfg, workdir=part)
+        readers: dict[tuple[str, int], Runner] = {(cfg.eval.split, cfg.eval.limit): tested}
+        if len(rates(cfg, stage)) > 1 and (split, limit) not in readers:
+            measured = dataclasses.replace(cfg.eval, split=split, limit=limit)
+            readers[split, limit] = SharedRunner.create(dataclasses.replace(cfg, eval=measured), part, self.mesh)
         study = Study(cfg, part, self.mesh, readers)
         with MetricWriter(self.workdir.root) as writer:
-            for of_stage, name in study.trainings():
-                train_stage(of_stage, name, self.mesh, part, writer)
+            train_all(study, writer)
         rows = [study.row(line.name, again=self.again) for line in lines]
         study.write_record()
         return [dataclasses.replace(row, note=_note(line)) for row, line in zip(rows, lines)]

@@ -9,7 +9,8 @@ from tokzip_jax import entry, environment, recipe, sharding
 from tokzip_jax.checkpoint import Checkpointer
 from tokzip_jax.config import RunConfig
 from tokzip_jax.data import pipeline
-from tokzip_jax.metrics import MetricWriter, Pending, Progress
+from tokzip_jax.metrics import MetricWriter, Pending, Progress, say
+from tokzip_jax.study import Study
 from tokzip_jax.workdir import Workdir
 
 
@@ -58,6 +59,23 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
                     pending.flush()  # nothing is saved before its loss was seen to be finite
                     saved.save(number + 1, state, data)
         saved.finish(steps)
+
+
+def train_all(study: Study, writer: MetricWriter) -> None:
+    """Train every stage of a run, or of a study, that is not finished yet.
+
+    A learning rate of a search at which the loss is not finite is left out of it.
+
+    Raises:
+        NotFinite: of any other training.
+    """
+    for cfg, name in study.trainings():
+        try:
+            train_stage(cfg, name, study.mesh, study.workdir, writer)
+        except entry.NotFinite as error:
+            if not study.give_up(name):
+                raise
+            say(f"{error}\nthe study goes on without this learning rate")
 
 
 def _not_finite(stage: str, number: int, key: str, value: float, latest: int | None) -> str:

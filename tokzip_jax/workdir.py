@@ -12,8 +12,8 @@ from tokzip_jax.config import DataConfig, RunConfig
 from tokzip_jax.data import sources
 from tokzip_jax.data import tokenizer as tokenizers
 
-# What may differ when a run goes on: none of it changes a number.
-FREE = ("log_every", "checkpoint_every", "compile_cache", "platform", "data.data_dir", "data.workers", "eval.pictures")
+# What may differ when a run goes on: none of it changes a number. (`data.workers` is in the state of the data.)
+FREE = ("log_every", "checkpoint_every", "compile_cache", "platform", "data.data_dir", "eval.pictures")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -69,3 +69,27 @@ def load(path: str | Path) -> Tokenizer:
         raise ValueError(f"data.tokenizer: {path} is not a tokenizer.json ({error})") from None
     tok.encode_special_tokens = True
     return tok
+
+
+def check(tok: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that a model cannot read.
+
+    Args:
+        tok: any.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ValueError: ids past the embedding, or BOS and EOS elsewhere than at the ids that rows are made with.
+    """
+    most = tok.get_vocab_size()
+    if most > vocab_size:
+        raise ValueError(
+            f"data.tokenizer knows {most} tokens, more than model.llm.vocab_size = {vocab_size}; give a model with at "
+            "least as many"
+        )
+    special = {number for number, token in tok.get_added_tokens_decoder().items() if token.special}
+    if not {BOS_ID, EOS_ID} <= special:
+        raise ValueError(
+            f"data.tokenizer must have BOS and EOS as special tokens at the ids {BOS_ID} and {EOS_ID}, as LLaMA's has; "
+            f"its special tokens are at {sorted(special)}"
+        )
