@@ -12,7 +12,7 @@ import jax
 import pytest
 from small_run import ROOT, build_data, finish, load_file, one_stage, quick_compiles, start, tiny
 
-from tokzip_jax import config_io, entry, metrics
+from tokzip_jax import config_io, entry, metrics, training
 from tokzip_jax.checkpoint import Checkpointer, save_params
 from tokzip_jax.config import MeshConfig, MethodConfig
 from tokzip_jax.evals.runner import Runner
@@ -41,7 +41,7 @@ def refused(cfg, root, monkeypatch):
     def never(*_):
         raise AssertionError("this should have been refused before anything is compiled")
 
-    monkeypatch.setattr(train, "train_stage", never)
+    monkeypatch.setattr(training, "train_stage", never)
     with pytest.raises((ValueError, FileNotFoundError, ModuleNotFoundError)) as error:
         train.run(cfg, Workdir(root))
     assert not root.exists()

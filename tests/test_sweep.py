@@ -9,11 +9,10 @@ import pytest
 import small_run
 from small_run import quick_compiles
 
-from tokzip_jax import second_turn, sharding, step, sweep, sweep_run
+from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, training
 from tokzip_jax.config import MethodConfig, OptimConfig
 from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading
 from tokzip_jax.metrics import MetricWriter
-from tokzip_jax.training import train_stage
 from tokzip_jax.workdir import Workdir
 
 __all__ = ["quick_compiles"]
@@ -42,7 +41,7 @@ def run(tmp_path_factory):
     cfg, workdir = config(small_run.build_data(folder)), Workdir(folder / "run")
     workdir.open(cfg)
     with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)), MetricWriter(workdir.root) as writer:
-        train_stage(cfg, "base", mesh, workdir, writer)
+        training.train_stage(cfg, "base", mesh, workdir, writer)
     evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
     return cfg, workdir
 
@@ -146,7 +145,7 @@ def test_a_second_call_measures_nothing(run, monkeypatch):
     before = {path: path.read_bytes() for path in workdir.eval.rglob("*.json")}
     for name in ("measure", "score"):
         monkeypatch.setattr(SharedRunner, name, None)
-    monkeypatch.setattr(sweep_run, "train_stage", None)
+    monkeypatch.setattr(training, "train_stage", None)
     monkeypatch.setattr(sweep_run, "interleave", None)
     text = evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
     assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
