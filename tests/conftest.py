@@ -16,6 +16,8 @@ hypothesis.settings.load_profile("suite")
 def pytest_configure(config):
     # Eight devices cost single-device tests nothing: what is not told otherwise runs on the first one, with all cores.
     jax.config.update("jax_num_cpu_devices", 8)
+    # Programs run for a moment here and compile for minutes: compile them carelessly.
+    jax.config.update("jax_disable_most_optimizations", True)
     cache = getattr(config, "cache", None)
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))

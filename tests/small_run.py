@@ -23,15 +23,6 @@ COLORS = {"red": (250, 0, 0), "blue": (0, 0, 250), "teal": (0, 128, 128)}
 TRAIN, TEST, CORRUPT = 24, 6, 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Programs of the modules that import this run for a moment and compile for minutes: compile them carelessly."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def load_file(path):
     """A Python file of the repository as a module, e.g. `train.py` or a config."""
     spec = importlib.util.spec_from_file_location(f"{path.stem}_file", path)

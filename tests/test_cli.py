@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from small_run import ROOT, build_data, finish, load_file, one_stage, quick_compiles, start, tiny
+from small_run import ROOT, build_data, finish, load_file, one_stage, start, tiny
 
 from tokzip_jax import config_io, entry, metrics, training
 from tokzip_jax.checkpoint import Checkpointer, save_params
@@ -18,7 +18,6 @@ from tokzip_jax.config import MeshConfig, MethodConfig
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.workdir import Workdir
 
-__all__ = ["quick_compiles"]  # a fixture for every test here
 train, evaluate = load_file(ROOT / "train.py"), load_file(ROOT / "eval.py")
 
 

@@ -9,7 +9,6 @@ import merging
 import numpy as np
 import pytest
 import tiny_model as tiny
-from small_run import quick_compiles
 
 from tokzip_jax import compress, config_check, config_io, encoder_site, method_check, vlm, voco
 from tokzip_jax.compress import ENCODER, Ask, Tower, downsample, resize_positions, restore
@@ -18,7 +17,6 @@ from tokzip_jax.compress.divprune import divprune
 from tokzip_jax.config import DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.types import IMAGE_ID, TEXT, VISION, VisionFeatures
 
-__all__ = ["quick_compiles"]  # a fixture for every test here
 CFG = tiny.MODEL  # 4 x 4 patches, two blocks before the features
 CASES = {
     "none": MethodConfig(),

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model as tiny
-from small_run import quick_compiles
 
 from tokzip_jax import checkpoint, layers, llm, lora, step, vlm, voco
 from tokzip_jax.config import (
@@ -20,7 +19,6 @@ from tokzip_jax.masks import TABLES
 from tokzip_jax.paths import flatten
 from tokzip_jax.types import PAD, PREFIX, TEXT, VISION, VOCO, TokenStream
 
-__all__ = ["quick_compiles"]  # a fixture for every test here
 EVERYWHERE = (r"(vit|llm)/layers/\d+/.*/w", r"projector/.*/w")
 OPEN = LoraConfig(rank=2, alpha=6.0, paths=EVERYWHERE)
 GATED = LoraConfig(rank=2, alpha=6.0, paths=(r"llm/.*/w",), kinds=("voco", "text"))

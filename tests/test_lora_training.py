@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_run import quick_compiles
 
 from tokzip_jax import checkpoint, config_check, lora, optim, recipe, sharding, step, vlm
 from tokzip_jax.config import (
@@ -30,7 +29,6 @@ from tokzip_jax.paths import first_match, flatten
 from tokzip_jax.types import IMAGE_ID, VOCO_ID
 from tokzip_jax.workdir import Workdir
 
-__all__ = ["quick_compiles"]  # a fixture for every test here
 MODEL = ModelConfig(
     vit=VitConfig(image_size=16, patch_size=8, width=16, layers=2, heads=2, mlp_dim=32),
     llm=LlmConfig(vocab_size=64, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=32, max_positions=64),

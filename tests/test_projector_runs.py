@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import tiny_model as tiny
-from small_run import quick_compiles
 
 from tokzip_jax import config as c
 from tokzip_jax import config_check, layout, method_check, sharding, step, vlm, voco
@@ -20,7 +19,6 @@ from tokzip_jax.paths import first_match, flatten, map_with_path
 from tokzip_jax.projectors import PROJECTORS, Context, weights_name
 from tokzip_jax.types import IMAGE_ID
 
-__all__ = ["quick_compiles"]  # a fixture for every test here
 SIZES = c.ProjectorConfig(queries=4, width=8, layers=2, heads=2, mlp_dim=16, text_length=3)
 CFG = dataclasses.replace(tiny.MODEL, projector=SIZES, contrast_dim=0)
 OPTION = {

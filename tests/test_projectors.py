@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import quick_compiles
 
 from tokzip_jax import config as c
 from tokzip_jax.compress import everything, uniform
 from tokzip_jax.paths import flatten
 from tokzip_jax.projectors import OPTIONS, PROJECTORS, Context, ldp, mqt
 
-__all__ = ["quick_compiles"]  # a fixture for every test here
 CFG = c.ModelConfig(
     vit=c.VitConfig(image_size=16, patch_size=4, width=12, heads=2),
     llm=c.LlmConfig(vocab_size=32, width=16),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_run import ROOT, build_data, config_file, finish, load_file, one_stage, quick_compiles, start, tiny
+from small_run import ROOT, build_data, config_file, finish, load_file, one_stage, start, tiny
 
 from tokzip_jax import metrics, recipe, sharding, step, vlm
 from tokzip_jax.checkpoint import Checkpointer
@@ -45,7 +45,6 @@ STAGE = StageConfig(
     optim=OptimConfig(accumulate=2),
 )
 TARGETS = 6
-__all__ = ["quick_compiles"]  # a fixture for every test here
 MESHES = [(8, 1), (4, 2), (2, 4)]
 CFG = dataclasses.replace(load_file(ROOT / "configs" / "tiny.py").run_config(), model=MODEL, stages={"base": STAGE})
 CFG = dataclasses.replace(CFG, data=dataclasses.replace(CFG.data, targets=TARGETS))

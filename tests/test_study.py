@@ -8,15 +8,12 @@ import math
 import jax
 import pytest
 import small_run
-from small_run import quick_compiles
 
 from tokzip_jax import config_check, recipe, sharding, training
 from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, ScenesConfig, StudyConfig
 from tokzip_jax.metrics import read_metrics
 from tokzip_jax.study import Study, Variant, with_variant
 from tokzip_jax.workdir import Workdir
-
-__all__ = ["quick_compiles"]
 
 RATES, SEEDS = (1e-3, 3e-3), (0, 1)
 STUDY = StudyConfig(stages=("voco", "pooled"), learning_rates=RATES, seeds=SEEDS, equal_time="voco", limit=4)

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import small_run
-from small_run import quick_compiles
 
 from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, training
 from tokzip_jax.config import MethodConfig, OptimConfig
@@ -15,7 +14,6 @@ from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, readin
 from tokzip_jax.metrics import MetricWriter
 from tokzip_jax.workdir import Workdir
 
-__all__ = ["quick_compiles"]
 evaluate = small_run.load_file(small_run.ROOT / "eval.py")
 ASKED, BUDGETS = ("cls_attention", "cdpruner", "downsample", "fastv", "nested_pool"), (1, 3)
 
