@@ -13,7 +13,8 @@ import optax
 from tokzip_jax.config import OptimConfig
 from tokzip_jax.paths import first_match, flatten, map_with_path
 
-# Whether AdamW decays a parameter: matrices yes; norms, biases, scalars and embeddings with a meaning of their own no.
+# Whether AdamW decays a parameter: matrices yes; norms, biases, scalars, embeddings with a
+# meaning of their own and the contrastive head no.
 DECAY: tuple[tuple[str, bool], ...] = (
     (r"lora/.*", True),  # both factors are matrices
     (r"(.*/)?(pre_|post_)?norm\d?/(scale|bias)", False),
