@@ -6,7 +6,7 @@ Two CPU cores: 14 min 3 s (2026-11-21, x86-64, nothing else on the machine).
 
 A vision tower of four layers (the language model reads the third) learns to tell captions apart (stage "clip"); a
 language model of three layers learns to answer from it ("base"); then VoCo tokens and average pooling + linear start
-from that checkpoint. The tower is frozen after its own stage. Expect an upper bound of about 95 to 96 %, VoCo with one
+from that checkpoint. The tower is frozen after its own stage. Expect an upper bound of 94 to 96 %, VoCo with one
 token at more than 90 % retention, and VisionZip far above random selection; the README shows a whole table.
 """
 

@@ -118,7 +118,8 @@ class Sweep:
             train_all(study, writer)
         rows = [study.row(line.name, again=self.again) for line in lines]
         study.write_record()
-        return [dataclasses.replace(row, note=_note(line)) for row, line in zip(rows, lines)]
+        notes = ["; ".join(filter(None, (row.note, _note(line)))) for row, line in zip(rows, lines)]
+        return [dataclasses.replace(row, note=note) for row, note in zip(rows, notes)]
 
     def rows(self) -> Iterator[list[table.RowResult]]:
         """The rows, after everything without training and after each training: what there is by then."""
