@@ -4,7 +4,8 @@
 
 The same command again goes on where a killed run was. Everything is written to DIR: `config.json`, `environment.json`,
 `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `eval/`, `figures/`. On several hosts every one runs this command, and
-DIR is on a file system that they share.
+DIR is on a file system that they share. On one machine the command may be given several times at once, say once for
+each of its devices: of the trainings and rows of a study each process takes those that no other one has taken.
 """
 
 import jax
@@ -26,19 +27,21 @@ def run(cfg: RunConfig, workdir: Workdir) -> None:
     """A whole run: every stage, then every row."""
     mesh = entry.start(cfg)
     recipe.check(cfg)
-    sources.load(cfg.data, "train")
-    if cfg.rows:
-        sources.load(cfg.data, cfg.eval.split)
-    if len(cfg.study.learning_rates) > 1 and cfg.study.stages:
-        sources.load(cfg.data, cfg.study.split)
-    workdir.open(cfg)
-    tokenizer.check(workdir.load_tokenizer(cfg.data), cfg.model.llm.vocab_size)
+    with workdir.hold("data and config"):
+        sources.load(cfg.data, "train")
+        if cfg.rows:
+            sources.load(cfg.data, cfg.eval.split)
+        if len(cfg.study.learning_rates) > 1 and cfg.study.stages:
+            sources.load(cfg.data, cfg.study.split)
+        workdir.open(cfg)
+        tokenizer.check(workdir.load_tokenizer(cfg.data), cfg.model.llm.vocab_size)
     workdir.append_json("environment.json", environment.describe(cfg.seed))
     say(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     with jax.set_mesh(mesh), MetricWriter(workdir.root) as writer:
         train_all(Study(cfg, workdir, mesh), writer)
         if cfg.rows:
-            say(report.make(Runner.create(cfg, workdir, mesh)))
+            with workdir.hold("report"):
+                say(report.make(Runner.create(cfg, workdir, mesh)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def run_config() -> c.RunConfig:
         model=c.ModelConfig(
             vit=c.VitConfig(image_size=64, patch_size=8, width=96, layers=4, heads=3, mlp_dim=288, window=2),
             llm=c.LlmConfig(
-                vocab_size=512, width=96, layers=3, heads=3, kv_heads=3, head_dim=32, mlp_dim=256, max_positions=512
+                vocab_size=512, width=96, layers=4, heads=6, kv_heads=6, head_dim=16, mlp_dim=256, max_positions=512
             ),
             voco_embeddings=8,
             contrast_dim=64,
@@ -57,15 +57,17 @@ def run_config() -> c.RunConfig:
     )
 
 
-OPTIM = c.OptimConfig(learning_rate=1e-3, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.02)
+OPTIM = c.OptimConfig(
+    method="muon", learning_rate=2e-3, warmup_steps=50, b2=0.98, weight_decay=0.01, final_fraction=0.02
+)
 
 
 def towers() -> dict[str, c.StageConfig]:
-    """The vision tower against captions, then the uncompressed model."""
+    """The vision tower against captions, then the uncompressed model, in which the tower goes on learning."""
     visible = c.MethodConfig(voco=8)
     return {
         "clip": c.StageConfig(
-            steps=1500,
+            steps=600,
             batch_size=32,
             train=("vit/.*", "contrast/.*", "llm/embed/table"),
             method=visible,
@@ -74,13 +76,13 @@ def towers() -> dict[str, c.StageConfig]:
         ),
         "base": c.StageConfig(
             init_from="clip",
-            steps=4000,
+            steps=4500,
             batch_size=16,
-            train=LANGUAGE_MODEL,
             method=visible,
             voco_counts=(0, 1, 0, 8),
-            token_dropout=0.25,
-            optim=dataclasses.replace(OPTIM, learning_rate=2e-3),
+            token_dropout=0.15,
+            loss=c.LossConfig(contrast=0.1),
+            optim=OPTIM,
         ),
     }
 

@@ -1,5 +1,7 @@
 """Optimiser: schedule, freezing, decay, clipping and accumulation against arithmetic written out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from tokzip_jax import optim
 from tokzip_jax.config import OptimConfig
-from tokzip_jax.paths import flatten
+from tokzip_jax.paths import flatten, nest
 
 PARAMS = {
     "vit": {
@@ -91,6 +93,44 @@ def test_the_trained_part_alone_is_updated_like_the_whole_tree():
 def test_a_pattern_without_a_parameter_is_refused():
     with pytest.raises(ValueError, match=r"train pattern 'llm/hed/\.\*' matches no parameter.*contrast, llm, vit"):
         optim.make_optimizer(OptimConfig(), 1, PARAMS, ("voco/.*", "llm/hed/.*"))
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
+    """The update has the singular vectors of the gradient, and singular values near 0.2 * sqrt(longer side)."""
+    shapes = {
+        "vit/layers/0/attn/q/w": ((2, 6, 2, 2), (6, 4)),  # two layers; width 6, two heads of 2
+        "vit/layers/0/attn/o/w": ((2, 2, 2, 6), (4, 6)),
+        "llm/layers/0/mlp/down/w": ((2, 8, 5), (8, 5)),
+        "projector/mlp2x_gelu/fc1/w": ((4, 6), (4, 6)),
+        "llm/layers/0/norm1/scale": ((2, 6), None),
+        "llm/embed/table": ((7, 6), None),
+        "llm/head/w": ((6, 7), None),
+        "voco/table": ((2, 6), None),
+    }
+    rng = np.random.default_rng(0)
+    tree, grads = (
+        nest({path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, (shape, _) in shapes.items()})
+        for _ in range(2)
+    )
+    rate, decay = 0.01, 0.1
+    cfg = OptimConfig(method="muon", weight_decay=decay, clip_norm=0.0)
+    changes = []
+    for chosen in (cfg, dataclasses.replace(cfg, method="adamw")):
+        tx = optim.make_optimizer(chosen, rate, tree, (".*",))
+        changes.append(flatten(jax.jit(tx.update)(grads, tx.init(tree), tree)[0]))
+    turned, adamw = changes
+    for path, (_, matrix) in shapes.items():
+        if matrix is None:
+            np.testing.assert_allclose(turned[path], adamw[path], rtol=1e-6, err_msg=path)
+            continue
+        gradient, before = (np.asarray(flatten(part)[path]).reshape(-1, *matrix) for part in (grads, tree))
+        update = -np.asarray(turned[path]).reshape(-1, *matrix) / rate - decay * before
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        inside = left.swapaxes(1, 2) @ update @ right.swapaxes(1, 2) / (0.2 * np.sqrt(max(matrix)))
+        diagonal = np.diagonal(inside, axis1=1, axis2=2)
+        assert diagonal.min() > 0.6, path  # Newton and Schulz's five steps end within 0.3 of 1 and go no further
+        assert diagonal.max() < 1.3, path
+        assert np.abs(inside - diagonal[:, None] * np.eye(min(matrix))).max() < 1e-3, path
 
 
 def test_an_uncovered_path_is_refused():

@@ -9,7 +9,7 @@ import jax
 import pytest
 import small_run
 
-from tokzip_jax import config_check, recipe, sharding, training
+from tokzip_jax import config_check, recipe, sharding, study, training
 from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, ScenesConfig, StudyConfig
 from tokzip_jax.metrics import read_metrics
 from tokzip_jax.study import Study, Variant, with_variant
@@ -97,6 +97,40 @@ def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
     # One seed draws the same whatever the rate and length, and what the stage itself draws; another one does not.
     assert keys[0] == keys[1] == recipe.prepare(cfg, "pooled", mesh, Workdir(tmp_path)).given(0)["key"].tolist()
     assert keys[2] != keys[0]
+
+
+def test_two_processes_share_the_trainings(tmp_path, monkeypatch):
+    """What one has taken the other one leaves; it waits where it needs what the other one finds."""
+    cfg, ready, waits = config(str(tmp_path)), set(), []
+    monkeypatch.setattr(study, "finished", lambda directory: 1 if directory.rsplit("/", 1)[1] in ready else None)
+    monkeypatch.setattr(study.Study, "_measure", lambda self, variant: None)
+    monkeypatch.setattr(study.Study, "rate", lambda self, stage: RATES[1])
+    mesh = sharding.make_mesh(cfg.mesh)
+    one, other = (Study(cfg, Workdir(tmp_path / "run"), mesh).trainings() for _ in range(2))
+    assert next(one)[1] == "base"
+
+    def until_base_is_there(seconds):
+        waits.append(seconds)
+        ready.add("base")
+
+    monkeypatch.setattr(study.time, "sleep", until_base_is_there)
+    assert next(other)[1] == "voco-lr0.001-seed0" and waits == [study.POLL]
+    taken = [next(one)[1]]
+    for _ in range(2):  # one is much faster than the other
+        ready.add(taken[-1])
+        taken.append(next(one)[1])
+    assert taken == ["voco-lr0.003-seed0", "pooled-lr0.001-seed0", "pooled-lr0.003-seed0"]
+    ready.add(taken[-1])
+
+    def until_the_other_is_ready(seconds):
+        waits.append(seconds)
+        ready.add("voco-lr0.001-seed0")
+
+    monkeypatch.setattr(study.time, "sleep", until_the_other_is_ready)
+    assert next(one)[1] == "voco-lr0.003-seed1" and len(waits) == 2  # a seed of the chosen rate
+    assert next(other)[1] == "pooled-lr0.003-seed1"
+    one.close()
+    other.close()
 
 
 def test_every_training_is_there_and_no_other(done):

@@ -139,8 +139,9 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or Muon, with linear warm-up and cosine decay."""
 
+    method: str = "adamw"  # or "muon": the matrices of towers and projectors get orthogonal updates, the rest AdamW
     learning_rate: float = 1e-3
     final_fraction: float = 0.0  # learning rate at the end, as a share of the peak
     warmup_steps: int = 0

@@ -154,6 +154,7 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
     loss, optim = stage.loss, stage.optim
     for name in ("steps", "batch_size"):
         at_least(f"{key}.{name}", getattr(stage, name), 1)
+    one_of(f"{key}.optim.method", optim.method, ("adamw", "muon"))
     at_least(f"{key}.optim.accumulate", optim.accumulate, 1)
     require(
         stage.batch_size % optim.accumulate == 0,

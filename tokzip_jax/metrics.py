@@ -12,6 +12,8 @@ import jax
 import tensorboardX
 import tqdm
 
+from tokzip_jax import locks
+
 NAME = "metrics.jsonl"
 
 
@@ -32,7 +34,8 @@ def read_metrics(root: str | pathlib.Path) -> list[dict[str, Any]]:
 class MetricWriter:
     """Writes one object a line to `metrics.jsonl` and the same to TensorBoard, from process 0 only.
 
-    Every line is flushed, so a killed run loses nothing that it had written.
+    Every line is on disk when `write` returns, so a killed run loses nothing that it had written. Other processes may
+    write to the same workdir, about other stages.
     """
 
     def __init__(self, root: str | pathlib.Path) -> None:
@@ -40,10 +43,9 @@ class MetricWriter:
         self._root = pathlib.Path(root)
         self._active = jax.process_index() == 0
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
-        self._lines: TextIO | None = None
         if self._active:
             self._root.mkdir(parents=True, exist_ok=True)
-            self._rewrite(read_metrics(self._root))
+            self._keep(lambda _: True)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -55,7 +57,7 @@ class MetricWriter:
         """Go back to a step before training on from it: forget the lines of this stage's later steps."""
         if not self._active:
             return
-        self._rewrite([e for e in read_metrics(self._root) if e["stage"] != stage or e["step"] <= step])
+        self._keep(lambda entry: entry["stage"] != stage or entry["step"] <= step)
         if stage in self._boards:
             self._boards.pop(stage).close()
         self._boards[stage] = self._board(stage, purge_step=step + 1)
@@ -66,8 +68,8 @@ class MetricWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
-        self._lines.flush()
+        with locks.hold(self._root, NAME), (self._root / NAME).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
         if stage not in self._boards:
             self._boards[stage] = self._board(stage)
         for name, value in values.items():
@@ -78,8 +80,6 @@ class MetricWriter:
         for board in self._boards.values():
             board.close()
         self._boards.clear()
-        if self._lines is not None:
-            self._lines.close()
 
     def _board(self, stage: str, purge_step: int | None = None) -> tensorboardX.SummaryWriter:
         # One directory a stage: TensorBoard can only forget the later steps of a whole directory.
@@ -87,14 +87,14 @@ class MetricWriter:
         where, suffix = str(self._root / "tensorboard" / stage), f".{time.time_ns()}"
         return tensorboardX.SummaryWriter(where, purge_step=purge_step, filename_suffix=suffix)
 
-    def _rewrite(self, entries: list[dict[str, Any]]) -> None:
-        if self._lines is not None:
-            self._lines.close()
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Leave out the lines that are not wanted, and a torn last one."""
         path = self._root / NAME
-        beside = path.with_name(f"{NAME}.partial")
-        beside.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        beside.replace(path)
-        self._lines = path.open("a", encoding="utf-8")
+        with locks.hold(self._root, NAME):
+            entries = [entry for entry in read_metrics(self._root) if wanted(entry)]
+            beside = path.with_name(f"{NAME}.partial")
+            beside.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+            beside.replace(path)
 
 
 class Pending:

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, cosine decay, clipping and freezing by parameter path.
+"""AdamW or Muon with linear warm-up, cosine decay, clipping and freezing by parameter path.
 
 Accumulation is not here: `step.gradients` sums the parts of a batch, weighted by their supervised tokens, which a mean
 over micro-batches (`optax.MultiSteps`) would get wrong.
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import optax
+from optax.contrib import MuonDimensionNumbers as Axes
+from optax.contrib import muon
 
 from tokzip_jax.config import OptimConfig
 from tokzip_jax.paths import first_match, flatten, map_with_path
@@ -28,6 +30,21 @@ DECAY: tuple[tuple[str, bool], ...] = (
     (r"llm/embed/table", True),
     (r".*/w", True),
 )
+
+# The axes (inputs, outputs) of the matrices that Muon turns; what is left of their axes is a stack of matrices. All
+# other parameters get AdamW, as its author advises for embeddings, heads and vectors.
+_STACK = r"(vit|llm|projector/[^/]+)/layers/\d+/(\d+/)?"
+MUON: tuple[tuple[str, Axes | None], ...] = (
+    (_STACK + r"(attn|cross)/[qkv]/w", Axes(1, (2, 3))),
+    (_STACK + r"(attn|cross)/o/w", Axes((1, 2), 3)),
+    (_STACK + r"(text_)?mlp/(up|gate|down)/w", Axes(1, 2)),
+    (r"projector/[^/]+/attn/[qkv]/w", Axes(0, (1, 2))),
+    (r"projector/[^/]+/attn/o/w", Axes((0, 1), 2)),
+    (r"projector/.*/w", Axes(0, 1)),
+    (r".*", None),
+)
+MOMENTUM = 0.95  # Muon's
+RMS = 0.2  # of Muon's updates, about that of AdamW's: one learning rate and weight decay serve both (arXiv 2502.16982)
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -87,12 +104,37 @@ def make_optimizer(
     trained(params, train_patterns)
     _decayed(params)  # every path is covered, also the frozen ones
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decayed)
+    method = _muon(cfg, rate) if cfg.method == "muon" else _adamw(cfg, rate)
 
     def labels(tree: Any) -> Any:
         return map_with_path(lambda path, _: "train" if _matches(train_patterns, path) else "freeze", tree)
 
-    return optax.partition({"train": optax.chain(clip, adamw), "freeze": optax.set_to_zero()}, labels)
+    return optax.partition({"train": optax.chain(clip, method), "freeze": optax.set_to_zero()}, labels)
+
+
+def _adamw(cfg: OptimConfig, rate: Any) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=_decayed)
+
+
+def _muon(cfg: OptimConfig, rate: Any) -> optax.GradientTransformation:
+    turned = muon(
+        rate,
+        beta=MOMENTUM,
+        weight_decay=cfg.weight_decay,
+        consistent_rms=RMS,
+        muon_weight_dimension_numbers=lambda tree: map_with_path(lambda path, _: matrix_axes(path), tree),
+    )
+    groups = {"muon": turned, "adamw": _adamw(cfg, rate)}
+    return optax.partition(groups, lambda tree: map_with_path(lambda path, _: _group(path), tree))
+
+
+def matrix_axes(path: str) -> Axes | None:
+    """Which axes of a parameter are the inputs and outputs of a matrix for Muon; None: AdamW trains it."""
+    return first_match(MUON, path, name="Muon")
+
+
+def _group(path: str) -> str:
+    return "adamw" if matrix_axes(path) is None else "muon"
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

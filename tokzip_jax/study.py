@@ -5,7 +5,8 @@ rows answer the validation split best is kept, and trained with the other seeds.
 trained for as many steps as take the time of that stage. All start from the same checkpoint, which is trained once.
 
 Every training is a stage of its own with a checkpoint of its own, and every measured row is kept in the workdir, so a
-study that was killed goes on where it was.
+study that was killed goes on where it was. Several processes may work in one workdir: each takes the trainings that no
+other one has taken, and they wait for one another only where one has to know what the others found.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ EDGE = "the best rate is at the edge of those tried"
 ROUNDS = 6  # of the timing, stage after stage in each
 STEPS = 4  # timed at a time
 WARM = 2  # steps before the first timed one of a program
+POLL = 2.0  # seconds between two looks at what other processes have finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +125,44 @@ class Study:
         Yields:
             The study's config with the stage in it, and the name of the stage.
         """
-        studied = self.cfg.study.stages
-        for name in stage_order(self.cfg):
-            if name not in studied:
-                yield from self._unfinished(self.cfg, name)
-        for name in studied:
-            yield from self._all(self.searched(name))
-        for name in studied:
-            yield from self._all(self.repeated(name))
-        if self.cfg.study.equal_time:
-            for name in studied:
-                yield from self._all(self.timed(name))
+        cfg = self.cfg
+        for name in stage_order(cfg):
+            if name not in cfg.study.stages:
+                yield from self._shared({name: cfg})
+        for variants in (self.searched, self.repeated, self.timed):
+            if variants != self.timed or cfg.study.equal_time:
+                yield from self._all([variant for name in cfg.study.stages for variant in variants(name)])
 
     def _all(self, variants: list[Variant]) -> Iterator[tuple[RunConfig, str]]:
-        for variant in variants:
-            yield from self._unfinished(with_variant(self.cfg, variant), variant.name)
-
-    def _unfinished(self, cfg: RunConfig, name: str) -> Iterator[tuple[RunConfig, str]]:
-        if finished(self.workdir.checkpoints(name)) is None and name not in self.diverged():
+        """Those variants that are not trained yet; each is measured by the process that has trained it."""
+        named = {variant.name: variant for variant in variants}
+        for cfg, name in self._shared({name: with_variant(self.cfg, variant) for name, variant in named.items()}):
             yield cfg, name
+            if name not in self.diverged():
+                self._measure(named[name])
+
+    def _shared(self, wanted: dict[str, RunConfig]) -> Iterator[tuple[RunConfig, str]]:
+        """The trainings that no other process in this workdir has taken; ends when all of them are finished."""
+        while left := [name for name in wanted if self._unfinished(name)]:
+            idle = True
+            for name in left:
+                with self.workdir.hold(f"training {name}", wait=False) as mine:
+                    if mine and self._unfinished(name):
+                        idle = False
+                        yield wanted[name], name
+            if idle:
+                time.sleep(POLL)
+
+    def _unfinished(self, name: str) -> bool:
+        return finished(self.workdir.checkpoints(name)) is None and name not in self.diverged()
+
+    def _measure(self, variant: Variant) -> None:
+        """Measure the rows of a variant that will be read, while other processes train."""
+        if len(rates(self.cfg, variant.stage)) > 1 and variant in self.searched(variant.stage):
+            self.validated(variant)
+        else:
+            for name, _ in self._rows_of(variant.stage):
+                self.measured(name, variant)
 
     def diverged(self) -> list[str]:
         """Trainings of a search whose loss was not finite: the search goes on without them."""
@@ -154,10 +175,11 @@ class Study:
         tried = [v.name for stage in studied if len(rates(self.cfg, stage)) > 1 for v in self.searched(stage)]
         if name not in tried:
             return False
-        names = [*self.diverged(), name]
-        sharding.wait_for_all("every process has read which trainings diverged")
-        if jax.process_index() == 0:
-            write_atomically(self.workdir.eval / DIVERGED, json.dumps(names) + "\n")
+        with self.workdir.hold(DIVERGED):
+            names = [*self.diverged(), name]
+            sharding.wait_for_all("every process has read which trainings diverged")
+            if jax.process_index() == 0:
+                write_atomically(self.workdir.eval / DIVERGED, json.dumps(names) + "\n")
         sharding.wait_for_all("the diverged training is noted")
         return True
 
@@ -209,8 +231,9 @@ class Study:
         self, name: str, variant: Variant, split: str = "", limit: int = 0, *, again: bool = False
     ) -> table.RowResult:
         """A row of a variant, measured once; `again` measures it anyway."""
-        cfg = with_variant(self.cfg, variant, split, limit)
-        found = self._reader(cfg).cached(row_name(name, variant, split), again=again)
+        cfg, row = with_variant(self.cfg, variant, split, limit), row_name(name, variant, split)
+        with self.workdir.hold(f"row {row}"):
+            found = self._reader(cfg).cached(row, again=again)
         return dataclasses.replace(found, method=name)
 
     def _reader(self, cfg: RunConfig) -> Runner:
@@ -279,19 +302,22 @@ class Study:
         """Seconds of a step of every studied stage, measured once in turns, so that what else the machine does hits
         all alike; kept in the workdir. The median over `ROUNDS` rounds; compilation is not in it."""
         path = self.workdir.eval / TIMES
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        with self.workdir.hold(TIMES):
+            if not path.exists():
+                times = self._time()
+                if jax.process_index() == 0:
+                    write_atomically(path, json.dumps(times, indent=2) + "\n")
+                # Lengths of trainings follow from these: every process has to read the same ones.
+                sharding.wait_for_all("the times of the steps are written")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _time(self) -> dict[str, float]:
         say(f"timing a step of {len(self.cfg.study.stages)} stages")
         runs = [_Timed(self, name) for name in self.cfg.study.stages]
         for run in runs:
             run.warm_up()
         seconds = [[run.steps(turn) for run in runs] for turn in range(ROUNDS)]
-        times = {run.name: statistics.median(column) for run, column in zip(runs, zip(*seconds))}
-        if jax.process_index() == 0:
-            write_atomically(path, json.dumps(times, indent=2) + "\n")
-        # Lengths of trainings follow from these: every process has to read the same ones.
-        sharding.wait_for_all("the times of the steps are written")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return {run.name: statistics.median(column) for run, column in zip(runs, zip(*seconds))}
 
 
 class _Timed:

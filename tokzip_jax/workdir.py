@@ -1,5 +1,6 @@
 """The files of a run: a directory that says what was run, holds what came out, and lets a killed run go on."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
-from tokzip_jax import config_check, config_io, sharding
+from tokzip_jax import config_check, config_io, locks, sharding
 from tokzip_jax.config import DataConfig, RunConfig
 from tokzip_jax.data import sources
 from tokzip_jax.data import tokenizer as tokenizers
@@ -53,6 +54,10 @@ class Workdir:
     def tokenizer(self) -> pathlib.Path:
         """The tokenizer trained for this run."""
         return self.root / "tokenizer.json"
+
+    def hold(self, name: str, *, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
+        """Hold a name against other processes that work here, see `locks.hold`."""
+        return locks.hold(self.root, name, wait=wait)
 
     def checkpoints(self, stage: str) -> str:
         """The directory of a stage's checkpoints."""
@@ -112,5 +117,6 @@ class Workdir:
         if jax.process_index() != 0:
             return
         path = self.root / name
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        write_atomically(path, json.dumps([*entries, entry], indent=2) + "\n")
+        with self.hold(name):
+            entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            write_atomically(path, json.dumps([*entries, entry], indent=2) + "\n")

@@ -89,7 +89,7 @@ ALL = (SHAPES, tuple(COLORS))
 FEW = (("circle", "square", "triangle", "cross"), ("red", "yellow", "green", "blue", "black"))
 BUSY = ("gradient", "stripes", "checks")
 LEVELS = {
-    "easy": Level(*FEW, (2, 3), (2, 3), (0.24, 0.33, 0.44), ALONE, 1.0, (222, 236), ("plain",), 0, 0),
+    "easy": Level(*FEW, (1, 3), (2, 3), (0.24, 0.33, 0.44), ALONE, 1.0, (222, 236), ("plain",), 0, 0),
     "medium": Level(*ALL, (3, 6), (2, 6), (0.17, 0.23, 0.31), 0.8, 0.75, (205, 236), ("plain", *BUSY), 12, 10),
     "hard": Level(*ALL, (5, 8), (3, 7), (0.14, 0.19, 0.26), 0.7, 0.6, (175, 236), BUSY, 26, 16),
 }
