@@ -128,6 +128,11 @@ def _data(data: DataConfig, model: ModelConfig) -> None:
     # BOS, the two placeholders of every image, and at least question, answer and end of one question.
     at_least("data.text_length", data.text_length, 1 + 2 * data.images + 3)
     within("data.targets", data.targets, 0, data.text_length)
+    at_least("data.held_out", data.held_out, 0)
+    require(
+        data.held_out == 0 or data.name == "easy_vqa",
+        f"data.held_out = {data.held_out} must be 0: only easy_vqa is cut into a training and a validation split",
+    )
     _scenes(data)
     if not data.tokenizer:
         within("data.vocab_size", data.vocab_size, 5, model.llm.vocab_size)

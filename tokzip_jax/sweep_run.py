@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from tokzip_jax.evals import shared, table
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import MetricWriter, say
-from tokzip_jax.study import Study, rates
+from tokzip_jax.study import POLL, Study, rates
 from tokzip_jax.sweep import Line, Refused
 from tokzip_jax.training import train_all
 from tokzip_jax.types import Array, Params, VisualTokens
@@ -59,6 +58,7 @@ class Sweep:
         lines: its rows.
         base: runner of the run's own rows.
         again: also measure what the workdir holds.
+        timed: prefills that were timed by this sweep.
     """
 
     cfg: RunConfig
@@ -67,6 +67,7 @@ class Sweep:
     lines: list[Line]
     base: SharedRunner
     again: bool = False
+    timed: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh, lines: list[Line], *, again: bool = False) -> "Sweep":
@@ -124,13 +125,22 @@ class Sweep:
     def rows(self) -> Iterator[list[table.RowResult]]:
         """The rows, after everything without training and after each training: what there is by then."""
         done = {line.name: self.free(line) for line in self.lines if not line.training}
-        for stage, group in itertools.groupby((line for line in self.lines if line.training), lambda x: x.row.stage):
-            if done:
-                yield self.in_order(done)
-            say(f"stage {stage}")
-            found = list(group)
-            done |= dict(zip([line.name for line in found], self.trained(found)))
         yield self.in_order(done)
+        left: dict[str, list[Line]] = {}
+        for line in self.lines:
+            if line.training:
+                left.setdefault(line.row.stage, []).append(line)
+        while left:
+            # What another process is at comes last: by then it may be done, and is read.
+            for stage, found in [*left.items()]:
+                with self.workdir.hold(f"sweep {stage}", wait=False) as mine:
+                    if mine:
+                        say(f"stage {stage}")
+                        done |= dict(zip([line.name for line in found], self.trained(found)))
+                        del left[stage]
+                        yield self.in_order(done)
+            if left:
+                time.sleep(POLL)
 
     def in_order(self, done: dict[str, table.RowResult]) -> list[table.RowResult]:
         """Bounds and rows with their ratios and prefill times."""
@@ -145,12 +155,16 @@ class Sweep:
 
     def prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
         """Milliseconds a question, the median of runs in turns; kept in the workdir, measured where one is missing."""
+        with self.workdir.hold("times of prefills"):
+            return self._prefill(methods)
+
+    def _prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
         path = Part(self.workdir).eval / "prefill.json"
         kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         wanted = {_program(model, method): method for model, method in methods}
-        missing = {name: wanted[name] for name in wanted if name not in kept}
-        if missing:
+        if any(name not in kept or (self.again and name not in self.timed) for name in wanted):
             kept |= self._time(wanted)
+            self.timed.update(wanted)
             if jax.process_index() == 0:
                 write_atomically(path, json.dumps(kept, indent=2) + "\n")
         return [kept[_program(model, method)] for model, method in methods]
@@ -231,8 +245,10 @@ def make(
     work = Sweep.create(cfg, workdir, mesh, lines, again=again)
     text = ""
     for rows in work.rows():
-        text = _write(work, rows, refused)
-    draw(work, rows, budgets)
+        with workdir.hold("table of methods"):
+            text = _write(work, rows, refused)
+    with workdir.hold("table of methods"):
+        draw(work, rows, budgets)
     if second:
         text += f"\n\n{second_turn.make(work, Part(workdir).eval)}"
     taken = time.perf_counter() - start
