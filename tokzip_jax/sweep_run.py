@@ -36,19 +36,6 @@ CAPTION = (
 )
 
 
-class Part(Workdir):
-    """A run's workdir whose results go to a folder of their own, `eval/methods/PART`."""
-
-    def __init__(self, workdir: Workdir, part: str = "") -> None:
-        super().__init__(workdir.root)
-        self.part = part
-
-    @property
-    def eval(self):
-        """Where results go."""
-        return self.root / "eval" / FOLDER / self.part
-
-
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """A sweep in a workdir.
@@ -89,7 +76,7 @@ class Sweep:
     def runner(self, line: Line) -> SharedRunner:
         """Of a line's model and data; pictures and features are shared."""
         cfg = sweep.run_config(self.cfg, [line])
-        return dataclasses.replace(self.base, cfg=cfg, workdir=Part(self.workdir))
+        return dataclasses.replace(self.base, cfg=cfg, workdir=_part(self.workdir))
 
     def bounds(self) -> list[table.RowResult]:
         """The run's own rows that others are compared with: the prior, the lower and the upper bound."""
@@ -107,7 +94,7 @@ class Sweep:
     def trained(self, lines: Sequence[Line]) -> list[table.RowResult]:
         """The rows of one stage, which is trained at the study's learning rates and seeds where it was not yet."""
         cfg, stage = sweep.run_config(self.cfg, lines), lines[0].row.stage
-        part = Part(self.workdir, stage)
+        part = _part(self.workdir, stage)
         split, limit = cfg.study.split, cfg.study.limit
         tested = dataclasses.replace(self.base, cfg=cfg, workdir=part)
         readers: dict[tuple[str, int], Runner] = {(cfg.eval.split, cfg.eval.limit): tested}
@@ -159,7 +146,7 @@ class Sweep:
             return self._prefill(methods)
 
     def _prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
-        path = Part(self.workdir).eval / "prefill.json"
+        path = _part(self.workdir).eval / "prefill.json"
         kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         wanted = {_program(model, method): method for model, method in methods}
         if any(name not in kept or (self.again and name not in self.timed) for name in wanted):
@@ -186,6 +173,11 @@ class Sweep:
             cases[name] = Case(functools.partial(run, shared.language_model(params), prompt, tokens))
         seconds = interleave(cases, runs=ROUNDS)
         return {name: 1000 * spread(values)["median"] / len(batch["example"]) for name, values in seconds.items()}
+
+
+def _part(workdir: Workdir, stage: str = "") -> Workdir:
+    """The run's workdir with a folder for the results of the sweep, or for those of one of its stages."""
+    return Workdir(workdir.root, f"{FOLDER}/{stage}" if stage else FOLDER)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -250,13 +242,13 @@ def make(
     with workdir.hold("table of methods"):
         draw(work, rows, budgets)
     if second:
-        text += f"\n\n{second_turn.make(work, Part(workdir).eval)}"
+        text += f"\n\n{second_turn.make(work, _part(workdir).eval)}"
     taken = time.perf_counter() - start
-    return f"{text}\n{taken:.0f} s; written to {Part(workdir).eval} and {workdir.figures}"
+    return f"{text}\n{taken:.0f} s; written to {_part(workdir).eval} and {workdir.figures}"
 
 
 def _write(work: Sweep, rows: list[table.RowResult], refused: list[Refused]) -> str:
-    cfg, folder = work.cfg, Part(work.workdir).eval
+    cfg, folder = work.cfg, _part(work.workdir).eval
     caption = CAPTION.format(
         upper=cfg.eval.upper, lower=cfg.eval.lower, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"])
     )
