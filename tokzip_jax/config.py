@@ -265,6 +265,9 @@ class DataConfig:
     vocab_size: int = 512  # of a tokenizer trained here
     text_length: int = 128  # tokens of a row before its images are put in
     images: int = 1  # the most images of a row
+    # Any resolution: the grids (columns, rows) that a picture may be cut into, each tile a picture of its own behind a
+    # small one of the whole; () = off. `data.anyres.LLAVA_NEXT` are LLaVA-NeXT's.
+    tiles: tuple[tuple[int, int], ...] = ()
     questions: int = 0  # the most questions packed into a row; 0 = as many as fit
     describe: str = ""  # a question that training asks first about every picture, its answer the caption; "" = none
     targets: int = 0  # the most supervised positions of a row; 0 = text_length

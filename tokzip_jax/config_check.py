@@ -14,7 +14,7 @@ from tokzip_jax import (
     stack,
 )
 from tokzip_jax.config import DataConfig, ModelConfig, RunConfig, StageConfig
-from tokzip_jax.data import shapes
+from tokzip_jax.data import anyres, shapes
 from tokzip_jax.require import at_least, one_of, require, within
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -131,6 +131,7 @@ def _data(data: DataConfig, model: ModelConfig) -> None:
     one_of("data.on_error", data.on_error, ("skip", "raise"))
     for name, least in (("images", 1), ("questions", 0), ("caption_length", 1), ("workers", 0)):
         at_least(f"data.{name}", getattr(data, name), least)
+    anyres.check(data.tiles, data.images, data.name)
     # BOS, the two placeholders of every image, and at least question, answer and end of one question.
     at_least("data.text_length", data.text_length, 1 + 2 * data.images + 3)
     within("data.targets", data.targets, 0, data.text_length)

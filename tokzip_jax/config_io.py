@@ -114,7 +114,9 @@ def _describe(hint: Any) -> str:
     if inner is not hint:
         return f"{_describe(inner)} or None"
     if typing.get_origin(hint) is tuple:
-        return f"a tuple of {typing.get_args(hint)[0].__name__}"
+        item = typing.get_args(hint)[0]
+        pairs = typing.get_origin(item) is tuple
+        return f"a tuple of pairs of {typing.get_args(item)[0].__name__}" if pairs else f"a tuple of {item.__name__}"
     if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
         return "a group of keys"
     return hint.__name__
@@ -186,7 +188,16 @@ def _tuple(expected: type, value: Any) -> tuple:
         value = value if isinstance(value, tuple | list) else (value,)
     if not isinstance(value, tuple | list):
         _refuse(value)
+    if typing.get_origin(expected) is tuple:
+        return tuple(_pair(typing.get_args(expected), item) for item in value)
     return tuple(_scalar(expected, item) for item in value)
+
+
+def _pair(expected: tuple[type, ...], value: Any) -> tuple:
+    """A tuple of as many scalars as `expected` has types."""
+    if not isinstance(value, tuple | list) or len(value) != len(expected):
+        _refuse(value)
+    return tuple(map(_scalar, expected, value))
 
 
 def _refuse(value: Any) -> typing.NoReturn:

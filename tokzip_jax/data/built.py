@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
+from tokzip_jax.data import anyres
 from tokzip_jax.data.rows import Rows, question_rows
 
 LISTS = ("questions", "answers", "types")
@@ -40,6 +41,12 @@ class BuiltSource:
     def image(self, index: int) -> np.ndarray:
         """The picture, uint8 [H, W, 3]."""
         return np.asarray(Image.open(io.BytesIO(self._encoded[index])).convert("RGB"))
+
+    def tiled(self, grids: Sequence[anyres.Grid], tile: int) -> "BuiltSource":
+        """The same examples with `anyres.facts` of their pictures."""
+        sizes = [Image.open(io.BytesIO(encoded)).size for encoded in self._encoded]
+        found = [anyres.facts(size, grids, tile) for size in sizes]
+        return type(self)(self._encoded, [text | more for text, more in zip(self._texts, found)])
 
     def rows(self, tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
         """Rows of packed questions, see `rows.question_rows`."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from tokzip_jax.config import DataConfig
+from tokzip_jax.data import anyres
 from tokzip_jax.data.rows import Rows, RowWriter
 from tokzip_jax.data.tokenizer import BOS_ID, EOS_ID
 from tokzip_jax.data.transforms import check_picture
@@ -43,9 +45,17 @@ class LlavaSource:
             the system sentence is first and the picture stands in its message (LLaVA-1.5).
     """
 
-    def __init__(self, entries: list[dict[str, Any]], folder: Path, *, voco_layout: bool):
+    def __init__(
+        self,
+        entries: list[dict[str, Any]],
+        folder: Path,
+        *,
+        voco_layout: bool,
+        facts: Mapping[str, dict[str, Any]] | None = None,
+    ):
         self._entries = entries
         self._folder = folder
+        self._facts = facts or {}  # of pictures that are cut into tiles, by file name
         self.voco_layout = voco_layout
 
     def __len__(self) -> int:
@@ -63,6 +73,7 @@ class LlavaSource:
             "answers": [answer for _, answer in turns],
             "types": ["open"] * len(turns),
             "caption": "",
+            **self._facts.get(self._entries[index].get("image"), {}),
         }
 
     def image(self, index: int) -> np.ndarray | None:
@@ -81,11 +92,20 @@ class LlavaSource:
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{path} cannot be decoded ({error}); repair it or take its entry out") from None
 
+    def tiled(self, grids: Sequence[anyres.Grid], tile: int) -> "LlavaSource":
+        """The same examples, those with a picture with its `anyres.facts`."""
+        names = list(dict.fromkeys(entry["image"] for entry in self._entries if entry.get("image") is not None))
+        with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            sizes = list(pool.map(lambda name: _size(self._folder / name), names))
+        facts = {name: anyres.facts(size, grids, tile) for name, size in zip(names, sizes)}
+        return LlavaSource(self._entries, self._folder, voco_layout=self.voco_layout, facts=facts)
+
     def rows(self, tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
         """One row a conversation: one sample, one thread (0), targets the answers and their EOS.
 
         A row longer than `cfg.text_length` loses its right end, as in LLaVA; how many did is logged once. Texts are
-        tokenised between special tokens: at the picture, at its VoCo tokens, and at the EOS of every answer. In the
+        tokenised between special tokens: at the picture, at its VoCo tokens, and at the EOS of every answer. Of a
+        picture in tiles the placeholders are repeated, once for each that the tower reads. In the
         VoCo layout of a row with a picture, every newline of questions and answers is deleted (as VoCo-LLaMA does).
         """
         writer = RowWriter(cfg.text_length)
@@ -110,21 +130,22 @@ class LlavaSource:
     def _pieces(self, index: int) -> list[int | tuple[str, int]]:
         """A conversation as special ids and (text, where its answer begins)."""
         turns = self._turns(index)
-        with_image = self._entries[index].get("image") is not None
+        name = self._entries[index].get("image")
+        with_image, pictures = name is not None, self._facts.get(name, {}).get("frames", 1)
         voco_first = with_image and self.voco_layout
         marked = [number for number, (question, _) in enumerate(turns) if MARKER in question]
         home = marked[0] if marked else 0  # LLaVA-1.5: the turn that the picture stands in
         lead = SYSTEM.format(" of the image" if voco_first else "") + " USER: "
         pieces: list[int | tuple[str, int]] = [BOS_ID]
         if voco_first:
-            pieces += [IMAGE_ID, _plain("\n"), VOCO_ID]
+            pieces += [IMAGE_ID, _plain("\n"), VOCO_ID] * pictures
             lead = "\n" + lead
         for number, (question, answer) in enumerate(turns):
             question = question.replace(MARKER, "").strip()
             if voco_first:
                 question, answer = question.replace("\n", ""), answer.replace("\n", "")
             elif with_image and number == home:
-                pieces += [_plain(lead), IMAGE_ID, VOCO_ID]
+                pieces += [_plain(lead), *(IMAGE_ID, VOCO_ID) * pictures]
                 lead = "\n"
             prompt = f"{lead}{question} ASSISTANT: "
             pieces += [(prompt + answer, len(prompt)), EOS_ID]
@@ -237,6 +258,12 @@ def _check_pictures(names: list[str], folder: Path) -> dict[str, str]:
         beside.write_text("".join(f"{line}\n" for line in sorted(good)), encoding="utf-8")
         beside.replace(folder / CHECKED)
     return reasons
+
+
+def _size(path: Path) -> anyres.Size:
+    """Width and height of a picture, out of its header."""
+    with Image.open(path) as picture:
+        return picture.size
 
 
 def _mark(path: Path) -> str:

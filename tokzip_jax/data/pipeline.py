@@ -10,7 +10,7 @@ from absl import flags
 from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
-from tokzip_jax.data import sources
+from tokzip_jax.data import anyres, sources
 from tokzip_jax.data.rows import Rows
 from tokzip_jax.data.transforms import fit_image
 
@@ -31,7 +31,8 @@ def train_iterator(
 
     The order depends on the data and `seed` alone. Every epoch is one permutation of the rows, dealt out to the
     processes, so that no two of them see the same row within an epoch. A batch holds "images" uint8 [B, I, S, S, 3],
-    "ids", "thread", "sample" int32 [B, T], "supervised" bool [B, T] and "captions" int32 [B, C].
+    "ids", "thread", "sample" int32 [B, T], "supervised" bool [B, T] and "captions" int32 [B, C]; with `cfg.tiles` also
+    "tiles" int32 [B, 4], the columns and rows that each row's picture is cut into, and its width and height.
 
     Args:
         cfg: the data set; `cfg.workers` processes decode pictures, with 0 a thread of this one does.
@@ -49,7 +50,7 @@ def train_iterator(
         ValueError: a row with more targets than `cfg.targets`, fewer rows than processes, or what
             `sources.load` and the rows raise.
     """
-    source = sources.load(cfg, "train")
+    source = sources.load(cfg, "train", tile=image_size)
     rows = source.rows(tokenizer, cfg)
     if cfg.targets and rows.most_targets > cfg.targets:
         raise ValueError(
@@ -58,7 +59,7 @@ def train_iterator(
         )
     if len(rows) < process_count:
         raise ValueError(f"{cfg.name}/train has {len(rows)} rows, fewer than the {process_count} processes")
-    make = partial(make_row, source, rows, images=cfg.images, image_size=image_size)
+    make = partial(make_row, source, rows, images=cfg.images, image_size=image_size, tiled=bool(cfg.tiles))
     dataset = grain.MapDataset.range(len(rows)).seed(seed).shuffle()[process_index::process_count]
     dataset = dataset.map(make).repeat().batch(batch_size, drop_remainder=True)
     # Few, since the unit is a batch: Grain's own 500 would hold gigabytes of pictures.
@@ -90,13 +91,13 @@ def eval_batches(
     Raises:
         ValueError: there are no rows, or what `sources.load` and the rows raise; before the first batch.
     """
-    source = sources.load(cfg, split)
+    source = sources.load(cfg, split, tile=image_size)
     rows = source.rows(tokenizer, dataclasses.replace(cfg, describe=""))
     if limit:
         rows = rows.limited(limit)
     if not len(rows):
         raise ValueError(f"{cfg.name}/{split} has no questions")
-    make = partial(make_row, source, rows, images=cfg.images, image_size=image_size)
+    make = partial(make_row, source, rows, images=cfg.images, image_size=image_size, tiled=bool(cfg.tiles))
     return _in_order(make, rows, batch_size)
 
 
@@ -115,12 +116,23 @@ def _in_order(make: "partial[Batch]", rows: Rows, batch_size: int) -> Iterator[B
         yield batch
 
 
-def make_row(source: sources.Source, rows: Rows, index: int, *, images: int, image_size: int) -> Batch:
-    """One row of a batch: its tokens, and its pictures in the first of the `images` places (zeros elsewhere)."""
-    row = rows.row(index)
+def make_row(
+    source: sources.Source, rows: Rows, index: int, *, images: int, image_size: int, tiled: bool = False
+) -> Batch:
+    """One row of a batch: its tokens, and its pictures in the first of the `images` places (zeros elsewhere).
+
+    With `tiled` these are the overview and the tiles of its picture, and "tiles" says which (zeros without a picture).
+    """
+    row, example = rows.row(index), int(rows.example[index])
     row["images"] = np.zeros((images, image_size, image_size, 3), np.uint8)
-    picture = source.image(int(rows.example[index]))
-    if picture is not None:
+    picture = source.image(example)
+    if tiled:
+        row["tiles"] = np.zeros(4, np.int32)
+    if picture is not None and tiled:
+        row["tiles"][:] = source.text(example)["tiles"]
+        frames = anyres.cut(picture, tuple(row["tiles"][:2].tolist()), image_size)
+        row["images"][: len(frames)] = frames
+    elif picture is not None:
         frames = picture if picture.ndim == 4 else picture[None]
         row["images"][: len(frames)] = [fit_image(frame, image_size) for frame in frames]
     return row

@@ -1,6 +1,6 @@
 """The data sets by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tokzip_jax.config import DataConfig
-from tokzip_jax.data import clips, easy_vqa, llava_json, scenes
+from tokzip_jax.data import anyres, clips, easy_vqa, llava_json, scenes
 from tokzip_jax.data.rows import Rows
 
 
@@ -17,7 +17,8 @@ class Source(Protocol):
 
     `source[i]` is {"image": uint8 [H, W, 3], [F, H, W, 3] or None, "image_id": str, "questions": list[str],
     "answers": list[str], "types": list[str], "caption": str}. An example of F pictures (the frames of a video, in
-    time order) also says "frames": F; drawn data sets add "facts": JSON, what the pictures show.
+    time order) also says "frames": F; drawn data sets add "facts": JSON, what the pictures show. Where pictures are cut
+    into tiles, `anyres.facts` are there too.
     """
 
     def __len__(self) -> int:
@@ -32,6 +33,9 @@ class Source(Protocol):
     def image(self, index: int) -> np.ndarray | None:
         """The picture of example `index`, uint8 [H, W, 3], or its frames [F, H, W, 3]; None where it has none."""
 
+    def tiled(self, grids: Sequence[anyres.Grid], tile: int) -> "Source":
+        """The same examples, each with `anyres.facts` of its picture, of which the header is read."""
+
     def rows(self, tokenizer: Tokenizer, cfg: DataConfig) -> Rows:
         """The rows of all examples, in order."""
 
@@ -45,16 +49,23 @@ SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
 }
 
 
-def load(cfg: DataConfig, split: str) -> Source:
+def load(cfg: DataConfig, split: str, *, tile: int = 0) -> Source:
     """Open a split of `cfg.name`; see `Source` for what it holds.
 
+    Args:
+        cfg: the data set.
+        split: its name.
+        tile: side in pixels of the pictures that the tower reads, where `cfg.tiles` matter.
+
     Raises:
-        ValueError: an unknown data set or split.
+        ValueError: an unknown data set or split, or what `anyres.check` refuses.
         FileNotFoundError, ModuleNotFoundError: its files are not there.
     """
     if cfg.name not in SOURCES:
         raise ValueError(f"data.name = {cfg.name!r} is unknown; choose one of {', '.join(sorted(SOURCES))}")
-    return SOURCES[cfg.name](cfg, split)
+    anyres.check(cfg.tiles, cfg.images, cfg.name)
+    source = SOURCES[cfg.name](cfg, split)
+    return source.tiled(cfg.tiles, tile) if cfg.tiles and tile else source
 
 
 def has_validation(cfg: DataConfig) -> bool:
