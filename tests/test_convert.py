@@ -92,6 +92,19 @@ def test_names_in_memory_give_the_same_tree(converted, spelling, tower):
     assert same(converted, llava.from_llava(state, CFG))
 
 
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+def test_newline_has_a_place_in_a_model_with_one(converted, spelling):
+    cfg = dataclasses.replace(CFG, image_newline=True)
+    state = llava.to_llava(converted[0], spelling=spelling, extra=converted[1])
+    params, extra = llava.from_llava(state, cfg)
+    assert not extra
+    np.testing.assert_array_equal(params["image_newline"], np.arange(48))
+    assert same(llava.to_llava(params, spelling=spelling), state)
+    del state[SPELLINGS[spelling].newline]
+    with pytest.raises(ValueError, match=rf"1 missing: {SPELLINGS[spelling].newline}"):
+        llava.from_llava(state, cfg)
+
+
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
 def test_vision_tower_from_clip(converted, prefix):
     clip = {key.replace(TOWER, prefix): leaf for key, leaf in STATE.items() if key.startswith(TOWER)}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from tokzip_jax import compress, flops, generate, layout, llm, lora, stack, vit, vlm, voco
-from tokzip_jax.config import LlmConfig, LoraConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.config import LlmConfig, LoraConfig, MethodConfig, ModelConfig, RowConfig, RunConfig, VitConfig
+from tokzip_jax.evals import runner, scoring
 from tokzip_jax.masks import TABLES
 from tokzip_jax.projectors import PROJECTORS
 from tokzip_jax.projectors.base import Context
@@ -153,3 +154,90 @@ def test_decode_flops_by_hand():
     for mask, past in (("voco", 1), ("prefix_visible", 2)):
         one = flops.ledger(WIDE, MethodConfig(voco=1, voco_mask=mask), text_tokens=TEXT)
         assert one.decode_flops == flops.llm_flops(llm_cfg, 1, past=past + TEXT)
+
+
+KV = 2 * 2 * 2 * 64 * 4  # bytes of a token: keys and values, two layers, two heads of 64 float32
+
+
+def test_ledger_of_several_pictures_by_hand():
+    """Every picture costs a look of the tower, and its tokens are in the prompt and in the cache."""
+    llm_cfg = WIDE.llm
+    one, five = (flops.ledger(WIDE, PLAIN, text_tokens=TEXT, images=images) for images in (1, 5))
+    assert (five.visual_tokens, five.read_tokens, five.mean_tokens) == (5 * 64, 5 * 64, 5 * 64)
+    assert five.kv_bytes == 5 * 64 * KV and five.prompt_kv_bytes == (1 + 5 * 64 + TEXT) * KV
+    assert five.prefill_flops == flops.llm_flops(llm_cfg, 1 + 5 * 64 + TEXT)
+    assert five.decode_flops == flops.llm_flops(llm_cfg, 1, past=1 + 5 * 64 + TEXT)
+    assert (five.patches, five.vit_flops, five.projector_flops) == (5 * 64, 5 * one.vit_flops, 5 * one.projector_flops)
+    # VoCo: each picture is compressed by itself, behind the prefix, and text reads the VoCo tokens of all.
+    voco_2 = MethodConfig(voco=2, voco_mask="voco")
+    five = flops.ledger(WIDE, voco_2, text_tokens=TEXT, images=5)
+    assert (five.voco_tokens, five.read_tokens, five.kv_bytes) == (10, 10, 10 * KV)
+    assert five.picture_flops == 5 * flops.llm_flops(llm_cfg, 1 + 64 + 2, head=0)
+    assert five.prefill_flops == flops.llm_flops(llm_cfg, TEXT, past=10)
+    assert flops.ledger(WIDE, voco_2, text_tokens=TEXT, images=5, read_voco=1.5).read_tokens == 7.5
+    # FastV has its budget for each picture.
+    half = dataclasses.replace(PLAIN, decoder="fastv", decoder_layers=(1,), decoder_keep=(32,))
+    five = flops.ledger(WIDE, half, text_tokens=TEXT, images=5)
+    layer = dataclasses.replace(llm_cfg, layers=1)
+    by_layer = [flops.llm_flops(layer, 1 + 5 * count + TEXT, head=0) for count in (64, 32)]
+    assert five.layer_tokens == (5 * 64, 5 * 32)
+    assert five.prefill_flops == sum(by_layer) + 2 * 256 * 512
+    assert five.kv_bytes == (5 * 64 + 5 * 32) * KV / 2
+    # Deltas run on every token.
+    deltas = [flops.ledger(WIDE, voco_2, text_tokens=TEXT, images=5, deltas=cfg) for cfg in (DELTAS, LoraConfig())]
+    llm_layer = 32 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 768))
+    assert deltas[0].picture_flops - deltas[1].picture_flops == 5 * 2 * 2 * llm_layer * (1 + 64 + 2)
+    with pytest.raises(ValueError, match="images=0 must be >= 1"):
+        flops.ledger(WIDE, PLAIN, text_tokens=TEXT, images=0)
+
+
+NEXT = dataclasses.replace(PLAIN, packing="spatial_unpad")
+
+
+def test_ledger_of_stitched_tiles_by_hand():
+    """A picture of 20 x 8 on 2 x 2 tiles of 8 x 8 patches: 16 x 6.4, so 6 rows of 16 patches and a newline each."""
+    assert flops.stitched_tokens(WIDE, NEXT, (2, 2, 20, 8)) == 64 + 6 * (16 + 1)
+    # Of 4 x 10 selected tokens all may be real; of 4 x 40 no more than there are patches.
+    for tokens, kept in ((10, 4 * 10), (40, 6 * 16)):
+        few = dataclasses.replace(NEXT, encoder="visionzip", tokens=tokens)
+        assert flops.stitched_tokens(WIDE, few, (2, 2, 20, 8)) == tokens + kept + 6
+    ours = flops.ledger(WIDE, NEXT, text_tokens=TEXT, images=5, stitched=166)
+    assert (ours.visual_tokens, ours.read_tokens, ours.kv_bytes) == (166, 166, 166 * KV)
+    assert ours.layer_tokens == (166, 166) and ours.patches == 5 * 64
+    assert ours.prefill_flops == flops.llm_flops(WIDE.llm, 1 + 166 + TEXT)
+    assert ours.vit_flops == 5 * flops.ledger(WIDE, PLAIN, text_tokens=TEXT).vit_flops
+    # One picture for the language model: VoCo tokens once.
+    once = dataclasses.replace(NEXT, voco=2, voco_mask="voco")
+    ours = flops.ledger(WIDE, once, text_tokens=TEXT, images=5, stitched=166)
+    assert (ours.voco_tokens, ours.read_tokens) == (2, 2)
+    assert ours.picture_flops == flops.llm_flops(WIDE.llm, 1 + 166 + 2, head=0)
+
+
+def test_table_has_the_totals_of_all_pictures(monkeypatch):
+    """Frames of a clip; and tiles, where the mean weighs pictures by their questions: 3 x 5 and 1 x 3 tiles."""
+    score = scoring.Score(accuracy=0.5, by_type={}, not_yes_no=0.5, questions=1)
+    monkeypatch.setattr(runner.Runner, "load", lambda self, row: {})
+    monkeypatch.setattr(runner.Runner, "score", lambda self, *_: (score, None))
+    monkeypatch.setattr(runner.Runner, "question_tokens", TEXT)
+
+    def measured(method, *examples):
+        run = runner.Runner(RunConfig(model=WIDE), None, None, None, list(examples))
+        return run.measure("row", RowConfig(method=method))
+
+    clip = {"types": ["order"], "frames": 6}
+    found = measured(PLAIN, clip, clip)
+    assert (found.visual_tokens, found.kv_bytes) == (6 * 64, 6 * 64 * KV)
+    assert found.prefill_flops == flops.llm_flops(WIDE.llm, 1 + 6 * 64 + TEXT)
+    voco_2 = MethodConfig(voco=2, voco_mask="voco")
+    found = measured(voco_2, clip)
+    assert (found.visual_tokens, found.kv_bytes) == (12, 12 * KV)
+    assert found.prefill_flops == flops.llm_flops(WIDE.llm, TEXT, past=12)
+    # An example that says nothing is one picture.
+    assert measured(PLAIN, {"types": ["shape"]}).visual_tokens == 64
+
+    wide = {"types": ["open"] * 3, "frames": 5, "tiles": (2, 2, 20, 8)}
+    tall = {"types": ["open"], "frames": 3, "tiles": (1, 2, 8, 16)}
+    found = measured(PLAIN, wide, tall)
+    assert found.visual_tokens == (3 * 5 + 3) / 4 * 64 and found.kv_bytes == (3 * 5 + 3) / 4 * 64 * KV
+    # Stitched: 64 + 6 * 17 of the wide one; all of the tall one's 64 + 16 * 9.
+    assert measured(NEXT, wide, tall).visual_tokens == (3 * 166 + 208) / 4

@@ -79,6 +79,7 @@ class ModelConfig:
     llm: LlmConfig = LlmConfig()
     projector: ProjectorConfig = ProjectorConfig()
     voco_embeddings: int = 1  # 1: all VoCo tokens share one embedding (official); n: n of their own, the most usable
+    image_newline: bool = False  # a learned embedding behind each row of a stitched picture, see `method.packing`
     contrast_dim: int = 0  # width of the CLS/caption contrastive space; 0 = no contrastive head
     param_dtype: str = "float32"
     dtype: str = "float32"
@@ -105,6 +106,9 @@ class MethodConfig:
     mqt_keys: str = "official"  # mqt: "official" (keys are position codes alone) or "paper" (features and codes)
     draw_budget: bool = False  # nested_pool, mqt, in training: each picture draws a level (queries) up to that set here
     content_grid: int = 0  # llamavid: side of the content tokens' grid (1 = one token); 0 = every patch
+    # Of a picture that is cut into tiles (data.tiles): "tiles", each a picture of its own, or LLaVA-NeXT's
+    # "spatial_unpad", all as one: rows joined, without what shows no picture, model.image_newline behind each row.
+    packing: str = "tiles"
     voco: int = 0  # VoCo slots of an image
     voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"
     decoder: str = "none"  # a name of tokzip_jax.compress.decoder.DECODER, or "none"

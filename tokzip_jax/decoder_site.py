@@ -77,6 +77,10 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
             f"decoder = {method.decoder!r} drops vision tokens that text reads, but under voco_mask = "
             f"{method.voco_mask!r} text reads none; use decoder = 'none', or voco_mask = 'visible'"
         )
+    if method.packing != "tiles":
+        raise ValueError(
+            f"decoder = {method.decoder!r} has a budget a tile; packing = {method.packing!r} must be 'tiles'"
+        )
     if method.decoder_form == "mask" and any(step.merged for step in steps):
         raise ValueError(
             f"decoder_form = 'mask' adds no tokens, but decoder = {method.decoder!r} merges some; use 'gather'"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from tokzip_jax import encoder_site, lora, stack, vlm
 from tokzip_jax.compress.entry import PROJECTED
 from tokzip_jax.config import LlmConfig, LoraConfig, MethodConfig, ModelConfig, VitConfig
+from tokzip_jax.data import anyres
 from tokzip_jax.decoder_site import check
 from tokzip_jax.paths import first_match
 from tokzip_jax.projectors import PROJECTORS
@@ -28,7 +29,8 @@ from tokzip_jax.vlm import visual_slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The costs of one picture, and of one question about it.
+    """The costs of the pictures of one row (one, the frames of a video, or an overview and tiles), and of one question
+    about them.
 
     Attributes:
         patches: patches, or what is made of them in its blocks, that leave the vision tower.
@@ -37,32 +39,32 @@ class Ledger:
         layer_tokens: visual tokens that each layer works on: the same number, or what the cuts of a decoder site leave
             (static slots, of which a rank-adaptive method may leave some empty).
         voco_tokens: VoCo tokens that follow them.
-        read_tokens: tokens of the picture that a question can read, and so those that stay in the KV cache: the VoCo
+        read_tokens: tokens of the pictures that a question can read, and so those that stay in the KV cache: the VoCo
             tokens under a mask that hides vision from text, else visual and VoCo tokens. A mean where questions pick
             their own number; then the two sizes in bytes and `prefill_flops` are means too.
-        vit_flops: the vision tower up to the feature layer, one picture; up to its end where the encoder site reads the
+        vit_flops: the vision tower up to the feature layer; up to its end where the encoder site reads the
             last block, on a smaller picture or on fewer and fewer tokens where it works there.
-        projector_flops: the projector, one picture; twice where the encoder site looks at projected patches.
-        picture_flops: the language model over the picture alone (prefix, visual and VoCo tokens; no head), spent once
+        projector_flops: the projector; twice where the encoder site looks at projected patches.
+        picture_flops: the language model over each picture alone (prefix, visual and VoCo tokens; no head), spent once
             however many questions follow. VoCo's stage one; None where the picture is read together with the question.
-        prefill_flops: the language model from projected visual tokens (VoCo: from the picture's cache, stage two) to
+        prefill_flops: the language model from projected visual tokens (VoCo: from the pictures' cache, stage two) to
             the logits of the answer's first token, one question.
         decode_flops: the language model over that token, to the logits of the second. Each later one reads one more
             key a layer (4 N H FLOPs), `llm_flops` with a longer past.
-        kv_bytes: cache bytes of the picture's tokens that stay in the cache while questions are answered: of
+        kv_bytes: cache bytes of the pictures' tokens that stay in the cache while questions are answered: of
             `read_tokens`, or of what each layer keeps of them.
-        prompt_kv_bytes: cache bytes of the whole prompt: the prefix where it stays visible, the picture, the question.
+        prompt_kv_bytes: cache bytes of the whole prompt: the prefix where it stays visible, pictures, the question.
     """
 
-    patches: int
-    encoder_tokens: int
-    visual_tokens: int
-    layer_tokens: tuple[int, ...]
-    voco_tokens: int
+    patches: float
+    encoder_tokens: float
+    visual_tokens: float
+    layer_tokens: tuple[float, ...]
+    voco_tokens: float
     read_tokens: float
-    vit_flops: int
-    projector_flops: int
-    picture_flops: int | None
+    vit_flops: float
+    projector_flops: float
+    picture_flops: float | None
     prefill_flops: float
     decode_flops: float
     kv_bytes: float
@@ -85,6 +87,19 @@ def llm_flops(llm: LlmConfig, new: float, *, past: float = 0, head: float = 1, c
     pairs = new * (new + 1) / 2 + new * past if causal else new * (new + past)
     total = llm.layers * (2 * new * weights + 4 * heads * pairs) + 2 * head * llm.width * llm.vocab_size
     return int(total) if float(total).is_integer() else total
+
+
+def stitched_tokens(model: ModelConfig, method: MethodConfig, tiles: Sequence[int]) -> int:
+    """Visual tokens of a picture whose tiles are stitched; an upper bound where an encoder-site method chose them.
+
+    Args:
+        model, method: the model and what becomes of a tile.
+        tiles: columns, rows, width and height of the picture.
+    """
+    columns, rows, *size = tiles
+    one, side = visual_slots(model, method), model.vit.grid
+    top, bottom, left, right = anyres.real_box(size, (columns, rows), side)
+    return one + min(columns * rows * one, (bottom - top) * (right - left)) + bottom - top
 
 
 def layer_tokens(model: ModelConfig, method: MethodConfig) -> tuple[int, ...]:
@@ -192,8 +207,10 @@ def ledger(
     causal: bool = True,
     read_voco: float | None = None,
     deltas: LoraConfig | None = None,
+    images: float = 1,
+    stitched: float | None = None,
 ) -> Ledger:
-    """The costs of a method on one picture and one question.
+    """The costs of a method on the pictures of a row and one question.
 
     Args:
         model, method: the model and what becomes of a picture.
@@ -205,33 +222,41 @@ def ledger(
         read_voco: VoCo tokens that a question reads on the mean where each picks its own number (all costs are linear
             in it); the picture is still compressed into `method.voco`. None = all of them.
         deltas: low-rank deltas that run beside their weights, as `lora.attach` has them; None: none, or merged.
+        images: pictures of the row; where rows differ their mean, and then the costs are those of the mean row.
+        stitched: visual tokens of the row where its pictures are tiles that are stitched into one (`tiling`), which has
+            VoCo tokens once; None = each picture has its own.
 
     Raises:
-        ValueError: no question, a negative prefix, an unknown projector, an impossible decoder site, `read_voco`
-            where text sees vision, or deltas that cannot be or stand in the projector.
+        ValueError: no question, no picture, a negative prefix, an unknown projector, an impossible decoder site,
+            `read_voco` where text sees vision, or deltas that cannot be or stand in the projector.
     """
     if read_voco is not None and method.voco_mask == "visible":
         raise ValueError("read_voco is for questions that read VoCo tokens alone, not for voco_mask='visible'")
     if text_tokens < 1 or prefix_tokens < 0:
         raise ValueError(f"text_tokens={text_tokens} must be >= 1 and prefix_tokens={prefix_tokens} >= 0")
-    visual = visual_slots(model, method)
+    if images < 1:
+        raise ValueError(f"images={images} must be >= 1: the ledger is about rows with pictures")
+    seen = images if stitched is None else 1  # pictures, as the language model sees them
+    visual = visual_slots(model, method) if stitched is None else stitched  # tokens of one of them
     picture = prefix_tokens + visual + method.voco
     added = delta_weights(model, method, deltas)
     if method.voco_mask == "visible":
-        read, past = visual + method.voco, 0
+        read, past = seen * (visual + method.voco), 0
         cached = prefix_tokens + read
         picture_flops = None
     else:
-        read = method.voco if read_voco is None else read_voco
+        read = seen * (method.voco if read_voco is None else read_voco)
         past = cached = read + (prefix_tokens if method.voco_mask == "prefix_visible" else 0)
         picture_flops = llm_flops(model.llm, picture, head=0, causal=causal) + 2 * picture * sum(added["llm"])
+        picture_flops *= seen
     per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)
-    by_layer = layer_tokens(model, method)
+    by_layer = layer_tokens(model, method) if stitched is None else (stitched,) * model.llm.layers
+    by_layer = tuple(seen * count for count in by_layer)
     kv_bytes, prompt_kv_bytes = read * per_token, (cached + text_tokens) * per_token
     if picture_flops is None:
-        new = prompt = [count + prefix_tokens + method.voco + text_tokens for count in by_layer]
+        new = prompt = [count + prefix_tokens + seen * method.voco + text_tokens for count in by_layer]
         prefill = scheduled_flops(model.llm, new, causal=causal)
-        unkept = (visual * len(by_layer) - sum(by_layer)) * (per_token // model.llm.layers)
+        unkept = (seen * visual * len(by_layer) - sum(by_layer)) * (per_token // model.llm.layers)
         kv_bytes, prompt_kv_bytes = kv_bytes - unkept, prompt_kv_bytes - unkept
     else:
         new, prompt = [text_tokens] * len(by_layer), [cached + text_tokens] * len(by_layer)
@@ -239,14 +264,14 @@ def ledger(
     one = dataclasses.replace(model.llm, layers=1)
     decode = sum(llm_flops(one, 1, past=count, head=0) for count in prompt) + llm_flops(model.llm, 0)
     return Ledger(
-        patches=encoder_site.patches(model, method),
-        encoder_tokens=encoder_site.slots(model, method),
-        visual_tokens=visual,
+        patches=images * encoder_site.patches(model, method),
+        encoder_tokens=images * encoder_site.slots(model, method),
+        visual_tokens=seen * visual,
         layer_tokens=by_layer,
-        voco_tokens=method.voco,
+        voco_tokens=seen * method.voco,
         read_tokens=read,
-        vit_flops=tower_flops(model, method, deltas=added["vit"]),
-        projector_flops=projector_flops(model, method, text_tokens=text_tokens),
+        vit_flops=images * tower_flops(model, method, deltas=added["vit"]),
+        projector_flops=images * projector_flops(model, method, text_tokens=text_tokens),
         picture_flops=picture_flops,
         prefill_flops=prefill + 2 * sum(tokens * weights for tokens, weights in zip(new, added["llm"], strict=True)),
         decode_flops=decode + 2 * sum(added["llm"]),

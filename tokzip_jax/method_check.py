@@ -2,7 +2,7 @@
 
 import math
 
-from tokzip_jax import decoder_site, encoder_site, layout, masks, projectors, vlm
+from tokzip_jax import decoder_site, encoder_site, layout, masks, projectors, tiling, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.projectors import KEEPS_PLACES, PROJECTORS, weights_name
 from tokzip_jax.require import one_of, require
@@ -25,6 +25,18 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
         method.voco > 0 or method.voco_mask == "visible",
         f"{key}.voco = 0 with the VoCo mask {method.voco_mask!r} would hide every picture from the text; "
         "use voco >= 1, or voco_mask='visible'",
+    )
+    one_of(f"{key}.packing", method.packing, tiling.PACKINGS)
+    stitched = method.packing == "spatial_unpad"
+    require(
+        not stitched or model.image_newline,
+        f"{key}.packing = 'spatial_unpad' needs the learned newline: set model.image_newline = True",
+    )
+    require(
+        not stitched or (method.projector in KEEPS_PLACES and method.positions != "raster"),
+        f"{key}.packing = 'spatial_unpad' needs tokens with a place in their tile, and numbers them as they come: "
+        f"{key}.projector = {method.projector!r} must be one of {', '.join(map(repr, KEEPS_PLACES))}, and "
+        f"{key}.positions = {method.positions!r} not 'raster'",
     )
     try:
         decoder_site.check(method, vlm.visual_slots(model, method), model.llm)
@@ -74,15 +86,19 @@ def fits(key: str, method: MethodConfig, cfg: RunConfig) -> None:
         f"data.questions = {cfg.data.questions} must be 1 for {key}.decoder = {method.decoder!r}, which chooses tokens "
         "by the one question of a row",
     )
-    visual = vlm.visual_slots(cfg.model, method)
+    require(
+        method.packing == "tiles" or bool(cfg.data.tiles),
+        f"{key}.packing = {method.packing!r} puts tiles of a picture together, but data.tiles = () cuts none",
+    )
+    images, visual = vlm.row_images(cfg.model, method, cfg.data.images)
     # Under compact positions visual tokens take no ids, but each picture has to fit by itself; under raster positions
     # those that are not there take theirs too.
     whole = cfg.model.vit.patches if method.positions == "raster" else visual
     seen, alone = (1, visual + method.voco) if method.positions == "compact" else (max(visual, whole), 0)
-    length = layout.slots(cfg.data.text_length, images=cfg.data.images, visual=seen, voco=method.voco)
+    length = layout.slots(cfg.data.text_length, images=images, visual=seen, voco=method.voco)
     length = max(length, alone)
     require(
         length <= cfg.model.llm.max_positions,
         f"model.llm.max_positions = {cfg.model.llm.max_positions} is too small for {key}: data.text_length = "
-        f"{cfg.data.text_length} with {cfg.data.images} x ({visual} visual + {method.voco} VoCo) tokens needs {length}",
+        f"{cfg.data.text_length} with {images} x ({visual} visual + {method.voco} VoCo) tokens needs {length}",
     )

@@ -68,7 +68,7 @@ def forward(
         both, _ = llm.run_layers(cfg, blocks, jnp.concatenate([x, y], axis=1), together.stream, table)
         hidden = both[:, : x.shape[1]]
     else:
-        seen = places(slots.stream.kind == VISION, batch["images"].shape[1] * visual.valid_BM.shape[1])
+        seen = places(slots.stream.kind == VISION, visual.valid_BM.size // x.shape[0])
         hidden, taught = run_both(cfg, blocks, x, slots.stream, jax.lax.stop_gradient(y), own.stream, seen, table)
         both = jnp.concatenate([jax.lax.stop_gradient(hidden), taught], axis=1)
     student = vlm.Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)

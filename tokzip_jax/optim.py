@@ -22,7 +22,7 @@ DECAY: tuple[tuple[str, bool], ...] = (
     (r"(.*/)?(pre_|post_)?norm\d?/(scale|bias)", False),
     (r".*/b", False),
     (r"vit/(cls|pos)", False),
-    (r"voco/table", False),
+    (r"voco/table|image_newline", False),
     (r"projector/[^/]+/(query|words|positions)/table", False),
     (r"projector/[^/]+/(peg|block\d/depthwise)/kernel", True),
     (r"contrast/.*", False),

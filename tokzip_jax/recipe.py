@@ -20,7 +20,7 @@ from tokzip_jax.types import Array, Params
 from tokzip_jax.workdir import Workdir
 
 # What an earlier checkpoint need not hold: it is made fresh, and the log says so.
-FRESH = ("projector/.*", "voco/.*", "contrast/.*", "lora/.*")
+FRESH = ("projector/.*", "voco/.*", "contrast/.*", "lora/.*", "image_newline")
 # What the uncompressed model never reads.
 UNREAD = ("voco/.*", "contrast/.*")
 NO_DELTAS = LoraConfig()

@@ -89,7 +89,7 @@ def _looks(cfg: ModelConfig, params: Params, batch: dict[str, Array], method: Me
 def _columns(runner: Runner, batch: dict[str, np.ndarray]) -> list:
     """Functions row -> panel: a column for every selecting row, and one for the row with the most VoCo tokens."""
     cfg = runner.cfg
-    inputs = sharding.place(runner.mesh, {name: batch[name] for name in MODEL_INPUTS})
+    inputs = sharding.place(runner.mesh, {name: batch[name] for name in MODEL_INPUTS if name in batch})
     names = [*cfg.eval.order, *(name for name in cfg.rows if name not in cfg.eval.order)]
     columns = []
     for name in names:

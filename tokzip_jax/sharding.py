@@ -21,7 +21,8 @@ from tokzip_jax.paths import first_match, map_with_path
 from tokzip_jax.types import Array
 
 AXES = ("data", "model")
-ROOTS = ("vit", "projector", "llm", "voco", "contrast", "lora")  # where a parameter's path starts inside a larger state
+# Where a parameter's path starts inside a larger state.
+ROOTS = ("vit", "projector", "llm", "voco", "contrast", "lora", "image_newline")
 
 # First full match wins. A row gives the mesh axis of every dimension; () = replicated. Stacked parameters have a layer
 # axis in front, which is never split: the scan over layers would gather it again at every step.
@@ -61,6 +62,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"llm/embed/table", ("model", "data")),
     (r"llm/head/w", ("data", "model")),
     (r"voco/table", (None, "data")),
+    (r"image_newline", ()),
     (r"contrast/(image|text)/w", ("data", None)),
     (r"contrast/scale", ()),
     # The factors of a delta: A is split like its matrix's inputs, B like its outputs, the rank never.

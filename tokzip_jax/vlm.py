@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import compress, decoder_site, encoder_site, layout, llm, vit
+from tokzip_jax import compress, decoder_site, encoder_site, layout, llm, tiling, vit
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import TABLES
@@ -24,7 +24,7 @@ class Forward:
     Attributes:
         hidden_BTD: [B, T', D] hidden states before the final norm, one a slot.
         layout: what every slot is (behind the last cut, where the method has a decoder site).
-        visual: the visual tokens after the projector, [B*I, M, ...].
+        visual: the visual tokens after the projector, [B*I, M, ...]; I is 1 where tiles are stitched.
         summary_BD: the CLS token behind the vision tower's last norm, [B*I, D] (None unless asked for).
     """
 
@@ -53,12 +53,21 @@ def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
             # CLIP's initial temperature, 0.07 (arXiv 2103.00020, section 2.5).
             "scale": jnp.asarray(jnp.log(1 / 0.07), dtype),
         }
+    if cfg.image_newline:
+        draw = jax.random.normal(jax.random.fold_in(key, len(keys)), (cfg.llm.width,), cfg.param_dtype)
+        params["image_newline"] = cfg.llm.width**-0.5 * draw
     return params
 
 
 def visual_slots(cfg: ModelConfig, method: MethodConfig) -> int:
-    """Visual tokens of one image that enter the language model."""
+    """Visual tokens of one image, a tile for example, that enter the language model."""
     return PROJECTORS[method.projector].count(cfg, method, encoder_site.slots(cfg, method))
+
+
+def row_images(cfg: ModelConfig, method: MethodConfig, images: int) -> tuple[int, int]:
+    """What the language model sees as images in a row of `images`: how many, and the visual slots of one of them."""
+    visual = visual_slots(cfg, method)
+    return (1, tiling.slots(images, visual, cfg.vit.grid)) if method.packing == "spatial_unpad" else (images, visual)
 
 
 def question(cfg: ModelConfig, batch: dict[str, Array], method: MethodConfig) -> tuple[Array, Array] | None:
@@ -181,7 +190,8 @@ def embed(
     With `visual`, visual tokens [B*I, M, D] that are there already, no picture is read and there is no summary.
 
     Raises:
-        ValueError: VoCo slots, but parameters of a model that never had VoCo tokens (a converted LLaVA).
+        ValueError: VoCo slots, but parameters of a model that never had VoCo tokens (a converted LLaVA); packing
+            "spatial_unpad" without what it needs in batch and parameters.
     """
     if method.voco and "voco" not in params:
         raise ValueError(
@@ -196,6 +206,14 @@ def embed(
     images = visual.valid_BM.shape[0] // rows
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
+    if method.packing == "spatial_unpad":
+        if "tiles" not in batch or "image_newline" not in params:
+            raise ValueError(
+                "method.packing = 'spatial_unpad' needs batch['tiles'] (set data.tiles) and the parameter "
+                "image_newline (set model.image_newline)"
+            )
+        visual = tiling.stitch(visual, batch["tiles"], params["image_newline"], side=cfg.vit.grid)
+        batch, images = tiling.one_placeholder(batch), 1
     slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
     if method.positions == "compact":
         slots = dataclasses.replace(slots, stream=layout.compact_positions(slots.stream))

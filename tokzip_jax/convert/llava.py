@@ -56,7 +56,7 @@ def from_llava(
 
     Returns:
         NumPy parameters as `vlm.init` nests them, without "contrast" and, unless there is one, without "voco"; and what
-        has no place in them: {"image_newline": [D]} of a LLaVA-1.6.
+        has no place in them: {"image_newline": [D]} of a LLaVA-1.6 without `cfg.image_newline`.
 
     Raises:
         ValueError: all names that are missing, superfluous or of another shape at once; no or two vision towers; an
@@ -75,7 +75,7 @@ def from_llava(
     if spelling.newline in state:
         wanted[NEWLINE] = jax.ShapeDtypeStruct((cfg.llm.width,), dtype)
     arrays = load(table, state, wanted, dtype=dtype)
-    extra = {NEWLINE: arrays.pop(NEWLINE)} if NEWLINE in arrays else {}
+    extra = {NEWLINE: arrays.pop(NEWLINE)} if NEWLINE in arrays and not cfg.image_newline else {}
     params = _nest(arrays)
     params["vit"]["layers"] = stack.split(params["vit"]["layers"], vit.cuts(cfg.vit))
     params["llm"]["layers"] = stack.split(params["llm"]["layers"], ())

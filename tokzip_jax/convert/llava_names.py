@@ -11,7 +11,7 @@ from typing import Any
 from tokzip_jax.convert.table import CONV, FLAT, LINEAR, LINEAR_HEADS, Rule, Table, match
 
 PROJECTOR = "mlp2x_gelu"
-NEWLINE = "image_newline"  # of LLaVA-1.6; it has no place in our parameters
+NEWLINE = "image_newline"  # of LLaVA-1.6: our path too, where the config has one
 
 
 def _llm_rules(llm: str, head: str) -> list[Rule]:

@@ -23,7 +23,7 @@ from tokzip_jax.types import Array, Params
 from tokzip_jax.workdir import Workdir, write_atomically
 
 FIXED = AutoConfig()  # all questions read the same number of VoCo tokens
-MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised")
+MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised", "tiles")  # the last one only of tiled pictures
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,7 +36,7 @@ def _scorer(
     auto: AutoConfig = FIXED,
 ) -> Callable[..., Any]:
     def score(params: Params, batch: dict[str, Array], visible: Array, count: Array, key: Array) -> Any:
-        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         # A picture's key is its own: what is drawn for it depends neither on its batch nor on its place there.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["example"])
         options = {"table": visible, "key": keys, "questions": questions, "max_targets": max_targets}
@@ -69,7 +69,7 @@ class Runner:
     @classmethod
     def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh, checkpoint: str = "") -> "Runner":
         """Open the split that the config names."""
-        source = sources.load(cfg.data, cfg.eval.split)
+        source = sources.load(cfg.data, cfg.eval.split, tile=cfg.model.vit.image_size)
         count = min(len(source), cfg.eval.limit or len(source))
         examples = [source.text(i) for i in range(count)]
         return cls(cfg, workdir, mesh, workdir.load_tokenizer(cfg.data), examples, checkpoint)
@@ -80,6 +80,20 @@ class Runner:
         texts = [question for example in self.examples for question in example["questions"]]
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return round(np.mean([len(line.ids) for line in encoded]))
+
+    def pictures(self, method: MethodConfig) -> dict[str, float]:
+        """What the ledger has to know of the rows' pictures, means over the questions of the split: "images", and
+        "stitched" tokens where tiles are put together."""
+
+        def mean(values: list[int]) -> float:
+            found = float(np.average(values, weights=[len(example["types"]) for example in self.examples]))
+            return int(found) if found.is_integer() else found
+
+        counts = {"images": mean([example.get("frames", 1) for example in self.examples])}
+        if method.packing == "spatial_unpad":
+            tokens = [flops.stitched_tokens(self.cfg.model, method, example["tiles"]) for example in self.examples]
+            counts["stitched"] = mean(tokens)
+        return counts
 
     def load(self, row: RowConfig) -> Params:
         """The parameters that a row is about, with the LoRA deltas of its stage attached.
@@ -131,7 +145,7 @@ class Runner:
         tally, counts = scoring.Tally(), []
         for batch in self.batches():
             # Every host holds the same rows; each device takes its part.
-            inputs = {name: batch[name] for name in (*MODEL_INPUTS, "example")}
+            inputs = {name: batch[name] for name in (*MODEL_INPUTS, "example") if name in batch}
             inputs = sharding.place(self.mesh, inputs, "data")
             max_targets = batch["supervised"].shape[1]
             questions = batch["question"].shape[1]
@@ -159,7 +173,8 @@ class Runner:
         results = []
         for seed in range(row.method.seed, row.method.seed + row.seeds):
             score, read = self.score(params, row.method, seed, row.auto)
-            costs = flops.ledger(self.cfg.model, row.method, text_tokens=self.question_tokens, read_voco=read)
+            rows = {"text_tokens": self.question_tokens, **self.pictures(row.method)}
+            costs = flops.ledger(self.cfg.model, row.method, read_voco=read, **rows)
             results.append(dataclasses.replace(_result(name, costs, score), note=_note(row.auto)))
         return table.mean_over_seeds(results)
 

@@ -192,8 +192,8 @@ class SharedRunner(Runner):
     def score(
         self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED
     ) -> tuple[scoring.Score, float | None]:
-        """As in `Runner`, which also scores what has VoCo tokens."""
-        if method.voco or auto.ladder:
+        """As in `Runner`, which also scores what has VoCo tokens or stitches tiles."""
+        if method.voco or auto.ladder or method.packing != "tiles":
             return super().score(params, method, seed, auto)
         tally, key = scoring.Tally(), jax.random.key(seed)
         for batch in self.rows():

@@ -40,10 +40,10 @@ class RowResult:
 
     Attributes:
         method: the row's name.
-        visual_tokens: tokens of a picture that the question can read (`flops.Ledger.read_tokens`); a mean where every
-            question picks its own number.
+        visual_tokens: tokens of all pictures of a row that the question can read (`flops.Ledger.read_tokens`); a mean
+            where rows differ in pictures, or every question picks its own number.
         accuracy, accuracy_by_type, accuracy_not_yes_no: fractions of 1, see `scoring.Score`.
-        kv_bytes: bytes that one picture keeps in the KV cache while questions about it are answered.
+        kv_bytes: bytes that these pictures keep in the KV cache while questions about it are answered.
         prefill_flops: FLOPs of the language model from a question to the first token of its answer.
         percent_of_full, retention: ratios, see `retention.py`; `with_bounds` fills them in.
         prefill_ms: measured milliseconds of such a prefill, a question's share of a batch.

@@ -1,0 +1,186 @@
+"""Tiles of one picture in the language model: stitched against a loop, one by one, and what a method leaves of each."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny_model as tiny
+
+from tokzip_jax import config_check, optim, sharding, tiling, vlm
+from tokzip_jax.config import DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
+from tokzip_jax.data import anyres
+from tokzip_jax.paths import first_match
+from tokzip_jax.types import IMAGE_ID, PAD, TEXT, VISION, VOCO, VOCO_ID, VisualTokens
+
+SIDE, MOST, WIDTH = 3, 4, 5  # patches along a tile's side, tiles, and the width of a token
+TILES = np.array([(2, 2, 10, 4), (1, 2, 3, 9), (3, 1, 9, 3), (0, 0, 0, 0)], np.int32)
+
+
+def drawn(rows, kept, seed=0):
+    """Tokens at `kept` of the places of every tile, and one without a place behind them; some are not valid."""
+    rng = np.random.default_rng(seed)
+    pictures = rows * (1 + MOST)
+    place = np.stack([np.append(rng.permutation(SIDE**2)[:kept], -1) for _ in range(pictures)]).astype(np.int32)
+    valid = rng.random(place.shape) < 0.8
+    source = np.full((pictures, SIDE**2), -1, np.int32)
+    for picture, places in enumerate(place):
+        source[picture, places[:-1]] = np.where(valid[picture, :-1], np.arange(kept), -1)
+    tokens = rng.normal(size=(*place.shape, WIDTH)).astype(np.float32)
+    return VisualTokens(tokens, valid, place, np.where(place < 0, 0, 2), source)
+
+
+def looped(visual, tiles, newline, row):
+    """The tokens of one row, by going through the canvas."""
+    tokens, valid, place = (
+        np.asarray(leaf).reshape(-1, 1 + MOST, *np.shape(leaf)[1:])[row]
+        for leaf in (visual.tokens_BMD, visual.valid_BM, visual.position_BM)
+    )
+    columns, rows, *size = tiles[row].tolist()
+    top, bottom, left, right = anyres.real_box(size, (columns, rows), SIDE)
+    out = list(tokens[0][valid[0]])
+    for y in range(top, bottom):
+        for x in range(left, right):
+            tile = 1 + y // SIDE * columns + x // SIDE
+            out += list(tokens[tile][valid[tile] & (place[tile] == y % SIDE * SIDE + x % SIDE)])
+        out.append(newline)
+    for tile in range(1, 1 + columns * rows):
+        out += list(tokens[tile][valid[tile] & (place[tile] < 0)])
+    return np.array(out)
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def stitch(visual, tiles, newline, side=SIDE):
+    return tiling.stitch(visual, tiles, newline, side=side)
+
+
+def test_stitched_tokens_by_a_loop():
+    visual, newline = drawn(4, 6), np.full(WIDTH, 9.0, np.float32)
+    found = jax.device_get(stitch(visual, TILES, newline))
+    assert found.valid_BM.shape == (4, tiling.slots(1 + MOST, 7, SIDE)) == (4, 5 * 7 + 4 * 3)
+    for row in range(3):
+        expected = looped(visual, TILES, newline, row)
+        count = found.valid_BM[row].sum()
+        assert found.valid_BM[row, :count].all()
+        np.testing.assert_array_equal(found.tokens_BMD[row, :count], expected)
+        # Every patch's slot holds the token that the patch went to.
+        for patch, slot in enumerate(found.source_BP[row]):
+            picture = row * (1 + MOST) + patch // SIDE**2
+            old = visual.source_BP[picture, patch % SIDE**2]
+            if slot >= 0:
+                np.testing.assert_array_equal(found.tokens_BMD[row, slot], visual.tokens_BMD[picture, old])
+                assert found.position_BM[row, slot] == patch % SIDE**2 and found.size_BM[row, slot] == 2
+        newlines = found.valid_BM[row] & (found.size_BM[row] == 0)
+        assert (found.position_BM[row][newlines] == -1).all()
+        assert (found.source_BP[row] >= 0).sum() == found.valid_BM[row].sum() - newlines.sum()
+
+
+def test_placeholders_become_one():
+    """A separator between a picture and its VoCo tokens goes with them; text and rows of one picture stay."""
+    i, v = IMAGE_ID, VOCO_ID
+    ids = np.array([[1, i, 5, v, i, 5, v, 6, 7], [1, 8, i, v, i, v, i, v, 6], [1, i, v, 5, 6, 2, 0, 0, 0]], np.int32)
+    found = tiling.one_placeholder({"ids": ids, "sample": (ids != 0).astype(np.int32), "more": 3})
+    expected = [[1, i, 5, v, 0, 0, 0, 6, 7], [1, 8, i, v, 0, 0, 0, 0, 6], ids[2].tolist()]
+    np.testing.assert_array_equal(found["ids"], expected)
+    np.testing.assert_array_equal(found["sample"], np.array(expected) != 0)
+    assert found["more"] == 3
+
+
+NEXT = dataclasses.replace(tiny.MODEL, image_newline=True)
+STITCHED = MethodConfig(packing="spatial_unpad", voco=2, voco_mask="voco")
+
+
+def test_a_picture_in_tiles_is_one_picture_with_voco_tokens_of_its_own():
+    """One segment, VoCo tokens once, positions without a gap, and no token of what is black."""
+    visual = VisualTokens(
+        tokens_BMD=np.random.default_rng(0).normal(size=(5, 16, 16)).astype(np.float32),
+        valid_BM=np.ones((5, 16), bool),
+        position_BM=np.tile(np.arange(16, dtype=np.int32), (5, 1)),
+        size_BM=np.ones((5, 16), np.int32),
+        source_BP=np.tile(np.arange(16, dtype=np.int32), (5, 1)),
+    )
+    batch = tiny.batch([[[tiny.BOS, *[IMAGE_ID, VOCO_ID] * 5, 7, 8]]], 14, count=5)
+    batch["tiles"] = np.array([[2, 2, 20, 10]], np.int32)  # the middle 4 of 8 rows
+    params = {**tiny.params(), "image_newline": np.full(16, 3.0, np.float32)}
+    embed = functools.partial(vlm.embed, NEXT, method=STITCHED, voco_count=2, key=jax.random.key(0), visual=visual)
+    x, slots, packed, _ = jax.jit(lambda params, batch: embed(params, batch))(params, batch)
+    stream = jax.tree.map(lambda leaf: np.asarray(leaf[0]), slots.stream)
+    real = stream.kind != PAD
+    assert x.shape[1] == 14 + (5 * 16 + 4 * 4 - 1) + (2 - 1)
+    assert stream.kind[real].tolist()[1:] == [VISION] * (16 + 4 * 9) + [VOCO] * 2 + [TEXT] * 2
+    assert set(stream.segment[(stream.kind == VISION) | (stream.kind == VOCO)]) == {1}
+    np.testing.assert_array_equal(stream.position[real], np.arange(real.sum()))
+    seen = np.asarray(x[0])[stream.kind == VISION]
+    np.testing.assert_array_equal(seen[:16], visual.tokens_BMD[0])
+    np.testing.assert_array_equal(seen[[24, 33, 42, 51]], np.full((4, 16), 3.0))
+    # The first row that shows the picture is the third one of the upper tiles.
+    np.testing.assert_array_equal(seen[16:24], np.concatenate([visual.tokens_BMD[1][8:12], visual.tokens_BMD[2][8:12]]))
+    assert packed.valid_BM.shape == (1, 5 * 16 + 4 * 4)
+    for lacking, message in ((batch, "image_newline"), ({**batch, "tiles": None}, "tiles")):
+        kept = {name: leaf for name, leaf in lacking.items() if leaf is not None}
+        with pytest.raises(ValueError, match=rf"'spatial_unpad' needs .*{message}"):
+            embed(tiny.params() if message == "image_newline" else params, kept)
+
+
+def test_every_tile_has_the_budget_and_none_sees_another():
+    """VisionZip leaves 6 tokens of each of 1 + 4 tiles, those of a tile alone whatever the others show."""
+    method = MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2})
+    encode = jax.jit(lambda images: vlm.encode(tiny.MODEL, tiny.params(), images, method, jax.random.key(0))[0])
+    images = tiny.images(1, 5)
+    other = images.copy()
+    other[0, 2] = tiny.images(1, 1, seed=1)[0, 0]
+    first, second = jax.device_get(encode(images)), jax.device_get(encode(other))
+    assert first.valid_BM.shape == (1 + 4, 6) and first.valid_BM.sum() == 6 * (1 + 4)
+    same = [np.array_equal(first.tokens_BMD[tile], second.tokens_BMD[tile]) for tile in range(5)]
+    assert same == [True, True, False, True, True]
+    assert [np.array_equal(first.source_BP[tile], second.source_BP[tile]) for tile in range(5)] == same
+
+
+def test_the_newline_is_a_parameter():
+    shapes = jax.eval_shape(functools.partial(vlm.init, NEXT, "mlp2x_gelu"), jax.random.key(0))
+    assert shapes["image_newline"].shape == (16,)
+    assert "image_newline" not in tiny.params()
+    assert first_match(optim.DECAY, "image_newline", name="decay") is False
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    assert not any(sharding.spec_for(mesh, "image_newline", (16,)))
+
+
+RUN = RunConfig(
+    model=dataclasses.replace(NEXT, llm=dataclasses.replace(NEXT.llm, vocab_size=512, max_positions=256)),
+    data=DataConfig(tiles=((1, 2), (2, 2)), images=5, questions=1),
+    stages={"base": StageConfig()},
+    eval=EvalConfig(upper="base", lower="base"),
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.image_newline": False}, r"packing = 'spatial_unpad' needs .* set model\.image_newline = True"),
+        ({"data.tiles": ()}, r"packing = 'spatial_unpad' puts tiles .* data\.tiles = \(\) cuts none"),
+        ({"method.projector": "pixel_unshuffle"}, r"packing = 'spatial_unpad' needs tokens with a place in their tile"),
+        ({"method.positions": "raster"}, r"packing = 'spatial_unpad' needs .* positions = 'raster' not 'raster'"),
+        (
+            {"method.decoder": "fastv", "method.decoder_layers": (1,), "method.decoder_keep": (4,)},
+            r"decoder = 'fastv' has a budget a tile; packing = 'spatial_unpad' must be 'tiles'",
+        ),
+        ({"method.packing": "unpad"}, r"rows\.base\.method\.packing = 'unpad'"),
+        # 128 ids, of which one becomes 5 * 16 + 4 * 4 tokens.
+        ({"model.llm.max_positions": 222}, r"with 1 x \(96 visual \+ 0 VoCo\) tokens needs 223"),
+    ],
+)
+def test_packing_that_cannot_be_is_refused(changes, message):
+    cfg, method = RUN, MethodConfig(packing="spatial_unpad")
+    config_check.validate(dataclasses.replace(cfg, rows={"base": RowConfig(method=method)}))
+    for key, value in changes.items():
+        first, *names = key.split(".")
+        if first == "method":
+            method = dataclasses.replace(method, **{names[0]: value})
+        elif names[0] == "llm":
+            llm = dataclasses.replace(cfg.model.llm, max_positions=value)
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, llm=llm))
+        else:
+            cfg = dataclasses.replace(cfg, **{first: dataclasses.replace(getattr(cfg, first), **{names[0]: value})})
+    with pytest.raises(ValueError, match=message):
+        config_check.validate(dataclasses.replace(cfg, rows={"base": RowConfig(method=method)}))
