@@ -201,6 +201,8 @@ def test_ledger_of_stitched_tiles_by_hand():
     for tokens, kept in ((10, 4 * 10), (40, 6 * 16)):
         few = dataclasses.replace(NEXT, encoder="visionzip", tokens=tokens)
         assert flops.stitched_tokens(WIDE, few, (2, 2, 20, 8)) == tokens + kept + 6
+        whole = dataclasses.replace(few, packing="spatial")
+        assert flops.stitched_tokens(WIDE, whole, (2, 2, 20, 8)) == 5 * tokens
     ours = flops.ledger(WIDE, NEXT, text_tokens=TEXT, images=5, stitched=166)
     assert (ours.visual_tokens, ours.read_tokens, ours.kv_bytes) == (166, 166, 166 * KV)
     assert ours.layer_tokens == (166, 166) and ours.patches == 5 * 64

@@ -31,34 +31,50 @@ def drawn(rows, kept, seed=0):
     return VisualTokens(tokens, valid, place, np.where(place < 0, 0, 2), source)
 
 
-def looped(visual, tiles, newline, row):
-    """The tokens of one row, by going through the canvas."""
+def looped(visual, tiles, newline, row, merged=0):
+    """The tokens of one row, by going through the canvas; without a newline nothing is left out."""
     tokens, valid, place = (
         np.asarray(leaf).reshape(-1, 1 + MOST, *np.shape(leaf)[1:])[row]
         for leaf in (visual.tokens_BMD, visual.valid_BM, visual.position_BM)
     )
     columns, rows, *size = tiles[row].tolist()
-    top, bottom, left, right = anyres.real_box(size, (columns, rows), SIDE)
+    top, bottom, left, right = 0, rows * SIDE, 0, columns * SIDE
+    if newline is not None:
+        top, bottom, left, right = anyres.real_box(size, (columns, rows), SIDE)
+    kept = np.arange(tokens.shape[1]) < tokens.shape[1] - merged
     out = list(tokens[0][valid[0]])
     for y in range(top, bottom):
         for x in range(left, right):
             tile = 1 + y // SIDE * columns + x // SIDE
-            out += list(tokens[tile][valid[tile] & (place[tile] == y % SIDE * SIDE + x % SIDE)])
-        out.append(newline)
-    for tile in range(1, 1 + columns * rows):
-        out += list(tokens[tile][valid[tile] & (place[tile] < 0)])
+            out += list(tokens[tile][valid[tile] & kept & (place[tile] == y % SIDE * SIDE + x % SIDE)])
+        out += [] if newline is None else [newline]
+    for behind in (place < 0, (place >= 0) & ~kept):
+        for tile in range(1, 1 + columns * rows):
+            out += list(tokens[tile][valid[tile] & behind[tile]])
     return np.array(out)
 
 
-@functools.partial(jax.jit, static_argnames="side")
-def stitch(visual, tiles, newline, side=SIDE):
-    return tiling.stitch(visual, tiles, newline, side=side)
+@functools.partial(jax.jit, static_argnames="merged")
+def stitch(visual, tiles, newline, merged=0):
+    return tiling.stitch(visual, tiles, newline, side=SIDE, merged=merged)
+
+
+def test_nothing_is_left_out_without_newlines():
+    """VisionZip's order: overview, kept patches of the whole canvas, what has no place, merged tokens."""
+    visual = drawn(4, 6)
+    visual = jax.tree.map(lambda leaf: np.roll(leaf, 1, axis=1) if leaf.shape[1] == 7 else leaf, visual)  # CLS first
+    found = jax.device_get(stitch(visual, TILES, None, merged=2))
+    assert found.valid_BM.shape == (4, tiling.slots("spatial", 1 + MOST, 7, SIDE)) == (4, 5 * 7)
+    for row in range(3):
+        expected = looped(visual, TILES, None, row, merged=2)
+        assert found.valid_BM[row].sum() == len(expected)
+        np.testing.assert_array_equal(found.tokens_BMD[row, : len(expected)], expected)
 
 
 def test_stitched_tokens_by_a_loop():
     visual, newline = drawn(4, 6), np.full(WIDTH, 9.0, np.float32)
     found = jax.device_get(stitch(visual, TILES, newline))
-    assert found.valid_BM.shape == (4, tiling.slots(1 + MOST, 7, SIDE)) == (4, 5 * 7 + 4 * 3)
+    assert found.valid_BM.shape == (4, tiling.slots("spatial_unpad", 1 + MOST, 7, SIDE)) == (4, 5 * 7 + 4 * 3)
     for row in range(3):
         expected = looped(visual, TILES, newline, row)
         count = found.valid_BM[row].sum()
@@ -160,7 +176,7 @@ RUN = RunConfig(
         ({"model.image_newline": False}, r"packing = 'spatial_unpad' needs .* set model\.image_newline = True"),
         ({"data.tiles": ()}, r"packing = 'spatial_unpad' puts tiles .* data\.tiles = \(\) cuts none"),
         ({"method.projector": "pixel_unshuffle"}, r"packing = 'spatial_unpad' needs tokens with a place in their tile"),
-        ({"method.positions": "raster"}, r"packing = 'spatial_unpad' needs .* positions = 'raster' not 'raster'"),
+        ({"method.positions": "raster"}, r"positions = 'raster' is for whole pictures, not for .*'spatial_unpad'"),
         (
             {"method.decoder": "fastv", "method.decoder_layers": (1,), "method.decoder_keep": (4,)},
             r"decoder = 'fastv' has a budget a tile; packing = 'spatial_unpad' must be 'tiles'",

@@ -98,6 +98,8 @@ def stitched_tokens(model: ModelConfig, method: MethodConfig, tiles: Sequence[in
     """
     columns, rows, *size = tiles
     one, side = visual_slots(model, method), model.vit.grid
+    if method.packing == "spatial":
+        return one + columns * rows * one
     top, bottom, left, right = anyres.real_box(size, (columns, rows), side)
     return one + min(columns * rows * one, (bottom - top) * (right - left)) + bottom - top
 

@@ -27,16 +27,19 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
         "use voco >= 1, or voco_mask='visible'",
     )
     one_of(f"{key}.packing", method.packing, tiling.PACKINGS)
-    stitched = method.packing == "spatial_unpad"
+    stitched = method.packing != "tiles"
     require(
-        not stitched or model.image_newline,
+        method.packing != "spatial_unpad" or model.image_newline,
         f"{key}.packing = 'spatial_unpad' needs the learned newline: set model.image_newline = True",
     )
     require(
-        not stitched or (method.projector in KEEPS_PLACES and method.positions != "raster"),
-        f"{key}.packing = 'spatial_unpad' needs tokens with a place in their tile, and numbers them as they come: "
-        f"{key}.projector = {method.projector!r} must be one of {', '.join(map(repr, KEEPS_PLACES))}, and "
-        f"{key}.positions = {method.positions!r} not 'raster'",
+        not stitched or method.projector in KEEPS_PLACES,
+        f"{key}.packing = {method.packing!r} needs tokens with a place in their tile, which {key}.projector = "
+        f"{method.projector!r} does not keep; choose one of {', '.join(map(repr, KEEPS_PLACES))}",
+    )
+    require(
+        not stitched or method.positions != "raster",
+        f"{key}.positions = 'raster' is for whole pictures, not for {key}.packing = {method.packing!r}; use 'original'",
     )
     try:
         decoder_site.check(method, vlm.visual_slots(model, method), model.llm)

@@ -67,7 +67,26 @@ def visual_slots(cfg: ModelConfig, method: MethodConfig) -> int:
 def row_images(cfg: ModelConfig, method: MethodConfig, images: int) -> tuple[int, int]:
     """What the language model sees as images in a row of `images`: how many, and the visual slots of one of them."""
     visual = visual_slots(cfg, method)
-    return (1, tiling.slots(images, visual, cfg.vit.grid)) if method.packing == "spatial_unpad" else (images, visual)
+    if method.packing == "tiles":
+        return images, visual
+    return 1, tiling.slots(method.packing, images, visual, cfg.vit.grid)
+
+
+def stitch(
+    cfg: ModelConfig, params: Params, batch: dict[str, Array], method: MethodConfig, visual: VisualTokens
+) -> VisualTokens:
+    """The visual tokens [B*I, M] of tiles as those of one picture a row, see `tiling`.
+
+    Raises:
+        ValueError: batch or parameters have not what the packing needs.
+    """
+    unpad = method.packing == "spatial_unpad"
+    if "tiles" not in batch or (unpad and "image_newline" not in params):
+        more = " and the parameter image_newline (set model.image_newline)" if unpad else ""
+        raise ValueError(f"method.packing = {method.packing!r} needs batch['tiles'] (set data.tiles){more}")
+    merged = getattr(compress.options(method.encoder, method.options), "contextual", 0)
+    newline = params["image_newline"] if unpad else None
+    return tiling.stitch(visual, batch["tiles"], newline, side=cfg.vit.grid, merged=merged)
 
 
 def question(cfg: ModelConfig, batch: dict[str, Array], method: MethodConfig) -> tuple[Array, Array] | None:
@@ -190,8 +209,8 @@ def embed(
     With `visual`, visual tokens [B*I, M, D] that are there already, no picture is read and there is no summary.
 
     Raises:
-        ValueError: VoCo slots, but parameters of a model that never had VoCo tokens (a converted LLaVA); packing
-            "spatial_unpad" without what it needs in batch and parameters.
+        ValueError: VoCo slots, but parameters of a model that never had VoCo tokens (a converted LLaVA); a packing
+            without what it needs in batch and parameters.
     """
     if method.voco and "voco" not in params:
         raise ValueError(
@@ -206,13 +225,8 @@ def embed(
     images = visual.valid_BM.shape[0] // rows
     if token_dropout:
         visual = drop_tokens(visual, token_dropout, jax.random.fold_in(key, 1))
-    if method.packing == "spatial_unpad":
-        if "tiles" not in batch or "image_newline" not in params:
-            raise ValueError(
-                "method.packing = 'spatial_unpad' needs batch['tiles'] (set data.tiles) and the parameter "
-                "image_newline (set model.image_newline)"
-            )
-        visual = tiling.stitch(visual, batch["tiles"], params["image_newline"], side=cfg.vit.grid)
+    if method.packing != "tiles":
+        visual = stitch(cfg, params, batch, method, visual)
         batch, images = tiling.one_placeholder(batch), 1
     slots = layout.expand(batch, visual.valid_BM.reshape(rows, images, -1), voco=method.voco, voco_count=voco_count)
     if method.positions == "compact":

@@ -90,7 +90,7 @@ class Runner:
             return int(found) if found.is_integer() else found
 
         counts = {"images": mean([example.get("frames", 1) for example in self.examples])}
-        if method.packing == "spatial_unpad":
+        if method.packing != "tiles":
             tokens = [flops.stitched_tokens(self.cfg.model, method, example["tiles"]) for example in self.examples]
             counts["stitched"] = mean(tokens)
         return counts
