@@ -133,6 +133,9 @@ def test_a_picture_in_tiles_is_one_picture_with_voco_tokens_of_its_own():
     # The first row that shows the picture is the third one of the upper tiles.
     np.testing.assert_array_equal(seen[16:24], np.concatenate([visual.tokens_BMD[1][8:12], visual.tokens_BMD[2][8:12]]))
     assert packed.valid_BM.shape == (1, 5 * 16 + 4 * 4)
+    # It learns from each of the four rows.
+    learnt = jax.grad(lambda newline: embed({**params, "image_newline": newline}, batch)[0].sum())
+    np.testing.assert_array_equal(jax.jit(learnt)(params["image_newline"]), np.full(16, 4.0))
     for lacking, message in ((batch, "image_newline"), ({**batch, "tiles": None}, "tiles")):
         kept = {name: leaf for name, leaf in lacking.items() if leaf is not None}
         with pytest.raises(ValueError, match=rf"'spatial_unpad' needs .*{message}"):

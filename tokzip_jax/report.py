@@ -99,6 +99,7 @@ def _columns(runner: Runner, batch: dict[str, np.ndarray]) -> list:
             columns.append(functools.partial(plots.kept_panel, name, tokens))
     looking = [n for n in names if cfg.rows[n].method.voco and cfg.rows[n].method.voco_mask != "visible"]
     looking = [n for n in looking if n != cfg.eval.lower and cfg.rows[n].method.encoder == "none"]
+    looking = [n for n in looking if cfg.rows[n].method.packing == "tiles"]  # the panel is one picture's grid
     if looking:
         name = max(looking, key=lambda n: cfg.rows[n].method.voco)
         row = cfg.rows[name]
