@@ -1,6 +1,7 @@
 """Every config file: it validates, says how to run it, and what it promises is there."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -17,7 +18,11 @@ from tokzip_jax.step import partition
 from tokzip_jax.workdir import Workdir
 
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-ARGUMENTS = {"voco_llava15_7b": ("1", "2", "8"), "visionzip_tune_llava15_7b": ("192", "128", "64")}
+ARGUMENTS = {
+    "clips": ("elsewhere/run",),
+    "voco_llava15_7b": ("1", "2", "8"),
+    "visionzip_tune_llava15_7b": ("192", "128", "64"),
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -125,9 +130,37 @@ def test_published_schedules():
         full_size("visionzip_tune_llava15_7b", 65)
 
 
+def test_clips_go_on_from_the_pictures(tmp_path):
+    """The same model and words; each VoCo stage from the rate and seed that the picture study's summary names."""
+    module = load_file(ROOT / "configs" / "clips.py")
+    pictures, before = load_file(ROOT / "configs" / "scenes.py").run_config(), module.run_config(str(tmp_path))
+    assert before.model == pictures.model and before.data.tokenizer == str(tmp_path / "tokenizer.json")
+    (tmp_path / "eval").mkdir()
+    lines = [{"method": "upper", "learning_rate": None}, {"method": "VoCo 2", "learning_rate": 5e-4}]
+    (tmp_path / "eval" / "summary.json").write_text(json.dumps(lines))
+    cfg = module.run_config(str(tmp_path))
+    origins = {name: stage.init_from for name, stage in cfg.stages.items()}
+    assert origins["voco2"] == str(tmp_path / "checkpoints" / "voco2-lr0.0005-seed0")
+    assert {name for name in origins if origins[name] != before.stages[name].init_from} == {"voco2"}
+    base = f"{tmp_path}/checkpoints/base"
+    assert all(stage.method.voco or stage.init_from == base for stage in cfg.stages.values())
+    # As many tokens a frame either way, each read in both orders, and as many steps from the same checkpoint.
+    for count in (1, 2, 8):
+        counts = {}
+        for name, stage in ((f"VoCo {count}", f"voco{count}"), (f"average pooling {count}", f"pooled{count}")):
+            read, shuffled = cfg.rows[name], cfg.rows[f"{name}, shuffled"]
+            assert read.method == shuffled.method == cfg.stages[stage].method and read.stage == shuffled.stage == stage
+            assert (read.frame_order, shuffled.frame_order) == ("", "shuffled")
+            method = read.method
+            counts[name] = method.voco or vlm.visual_slots(cfg.model, method)
+        assert set(counts.values()) == {count}
+        steps = pictures.stages[f"voco{count}"].steps + cfg.stages[f"voco{count}"].steps
+        assert steps == cfg.stages[f"pooled{count}"].steps == cfg.stages["uncompressed"].steps
+
+
 def test_full_size_configs_refuse_a_cpu_and_a_missing_checkpoint():
-    for name, arguments in ARGUMENTS.items():
-        cfg, _, stage = full_size(name, arguments[0])
+    for name in ("voco_llava15_7b", "visionzip_tune_llava15_7b"):
+        cfg, _, stage = full_size(name, ARGUMENTS[name][0])
         with pytest.raises(ValueError, match=r"platform = 'accelerator', but JAX found 8 x cpu .*--config\.platform="):
             environment.require_platform(cfg.platform)
         environment.require_platform(dataclasses.replace(cfg, platform="").platform)

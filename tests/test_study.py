@@ -79,6 +79,25 @@ def test_variants_are_the_stage_but_for_rate_seed_and_length(tmp_path):
     config_check.validate(with_variant(cfg, variant))
 
 
+def test_a_rate_is_chosen_by_rows_that_read_as_their_stage_does(tmp_path):
+    cfg = config(str(tmp_path))
+    scenes = dataclasses.replace(cfg.data.scenes, frames=3)
+    data = dataclasses.replace(cfg.data, name="clips", images=3, scenes=scenes)
+    row, auto = cfg.rows["VoCo 1"], AutoConfig(ladder=(1,))
+    orders = {"true": "true", "shuffled": "shuffled", "middle": "middle", "usual": ""}
+    rows = {name: dataclasses.replace(row, frame_order=order) for name, order in orders.items()}
+    rows = {**cfg.rows, **rows, "auto": dataclasses.replace(row, auto=auto)}
+    cfg = dataclasses.replace(cfg, data=data, rows=rows)
+    assert config_check.deciding(cfg, "voco") == ["VoCo 1", "true", "usual"]
+    middle = dataclasses.replace(cfg.stages["voco"], frame_order="middle")
+    cfg = dataclasses.replace(cfg, stages={**cfg.stages, "voco": middle})
+    assert config_check.deciding(cfg, "voco") == ["middle"]
+    config_check.validate(cfg)
+    del rows["middle"]
+    with pytest.raises(ValueError, match=r"'voco', which no row .* reads in its order of frames: nothing can choose"):
+        config_check.validate(cfg)
+
+
 def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
     """So that a study compiles each of its stages once: the lowered texts are the same."""
     cfg = config(str(tmp_path))

@@ -1,0 +1,119 @@
+"""The study of clips: short videos, frame by frame in VoCo tokens, read in true order, shuffled, and one frame alone.
+
+    python train.py --config=configs/clips.py --workdir=runs/clips
+
+It starts from a finished run of `configs/scenes.py` in `runs/scenes` (`--config=configs/clips.py:DIR` names another
+one): its tokenizer, its uncompressed model, and its picture models of 1, 2 and 8 VoCo tokens, each of which goes on
+with clips of four frames. A frame's tokens see that frame alone, and all frames' tokens stand in the order of time, one
+behind the other, as `tokzip_jax.video` caches them. Beside them average pooling to as many tokens a frame, all tokens
+of all frames, and those of the middle frame.
+
+Every model is read in true order and with the frames shuffled. What tells is the accuracy by type: whoever cannot know
+in which order the frames came answers a question of type "order" or "direction" at best right every second time, and
+"count" loses less. The tokens, cache and prefill of the table are those of one frame.
+
+One learning rate, chosen beforehand, and three seeds. From the uncompressed pictures on all models take as many steps:
+what VoCo tokens trained on pictures, the others train on clips, of which they so see more.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from configs import scenes
+from tokzip_jax import config as c
+from tokzip_jax.config_io import to_config_dict
+from tokzip_jax.study import Variant
+
+FRAMES = 4
+STEPS = 600
+GRIDS = {1: (1, 1), 2: (1, 2), 8: (2, 4)}  # tokens of a frame -> rows and columns of as large a pooled grid
+OPTIM = dataclasses.replace(scenes.OPTIM, learning_rate=1e-3)
+
+
+def get_config(pictures="runs/scenes"):
+    """The config as an editable ConfigDict; `pictures` is the workdir of the picture study."""
+    return to_config_dict(run_config(pictures))
+
+
+def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
+    """The config as dataclasses."""
+    trained, table = stages(pictures), rows()
+    given = scenes.run_config()
+    data = dataclasses.replace(
+        given.data,
+        name="clips",
+        tokenizer=f"{pictures}/tokenizer.json",
+        images=FRAMES,
+        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=4, train=6000, validation=300, test=600),
+    )
+    return dataclasses.replace(
+        given,
+        data=data,
+        stages=trained,
+        rows=table,
+        eval=c.EvalConfig(batch_size=64, order=tuple(table)),
+        study=c.StudyConfig(stages=tuple(trained), seeds=(0, 1, 2)),
+    )
+
+
+def picture_model(pictures: str, count: int) -> str:
+    """The picture study's checkpoint of `count` VoCo tokens: its first seed, at the learning rate that it chose.
+
+    Before that study has a summary the name is a guess, and a run then says that there is no such checkpoint.
+    """
+    summary = pathlib.Path(pictures, "eval", "summary.json")
+    found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
+    rates = {row["method"]: row["learning_rate"] for row in found}
+    return f"{pictures}/checkpoints/{Variant(f'voco{count}', rates.get(f'VoCo {count}', 1e-3), 0).name}"
+
+
+def voco(count: int) -> c.MethodConfig:
+    """`count` VoCo tokens a frame, at the positions of a streamed cache."""
+    return c.MethodConfig(voco=count, voco_mask="voco", positions="compact")
+
+
+def pooled(count: int) -> c.MethodConfig:
+    """As many tokens of average pooling and a linear layer."""
+    down, across = GRIDS[count]
+    return c.MethodConfig(projector="avgpool_linear", pool_rows=down, pool_grid=across)
+
+
+def stages(pictures: str) -> dict[str, c.StageConfig]:
+    """Everything that is compared."""
+    frames = c.StageConfig(
+        init_from=f"{pictures}/checkpoints/base",
+        steps=STEPS + scenes.STEPS,
+        batch_size=8,
+        train=("projector/.*", "llm/.*"),
+        optim=OPTIM,
+    )
+    table = {"uncompressed": frames, "middle": dataclasses.replace(frames, frame_order="middle")}
+    for count in GRIDS:
+        table[f"voco{count}"] = dataclasses.replace(
+            frames,
+            init_from=picture_model(pictures, count),
+            steps=STEPS,
+            train=scenes.LANGUAGE_MODEL,
+            method=voco(count),
+        )
+        table[f"pooled{count}"] = dataclasses.replace(frames, method=pooled(count))
+    return table
+
+
+def rows() -> dict[str, c.RowConfig]:
+    """The table, top to bottom."""
+    read = {}
+    for count in GRIDS:
+        read[f"VoCo {count}"] = c.RowConfig(stage=f"voco{count}", method=voco(count))
+        read[f"average pooling {count}"] = c.RowConfig(stage=f"pooled{count}", method=pooled(count))
+    read["upper"] = c.RowConfig(stage="uncompressed")
+    table = {
+        "question-only prior": c.RowConfig(stage=""),
+        "lower": c.RowConfig(stage="uncompressed", method=voco(1)),
+        "middle frame": c.RowConfig(stage="middle", frame_order="middle"),
+    }
+    for name, row in read.items():
+        table[f"{name}, shuffled"] = dataclasses.replace(row, frame_order="shuffled")
+        table[name] = row
+    return table
