@@ -3,17 +3,18 @@
     python train.py --config=configs/clips.py --workdir=runs/clips
 
 It starts from a finished run of `configs/scenes.py` in `runs/scenes` (`--config=configs/clips.py:DIR` names another
-one): its tokenizer, its uncompressed model, and its picture models of 1, 2 and 8 VoCo tokens, each of which goes on
-with clips of four frames. A frame's tokens see that frame alone, and all frames' tokens stand in the order of time, one
-behind the other, as `tokzip_jax.video` caches them. Beside them average pooling to as many tokens a frame, all tokens
-of all frames, and those of the middle frame.
+one): with its tokenizer, its picture models of 1, 2 and 8 VoCo tokens go on with clips of four frames. A frame's tokens
+see that frame alone, and all frames' tokens stand in the order of time, one behind the other, as `tokzip_jax.video`
+caches them. Beside them average pooling to as many tokens a frame, from the picture models of 1 and 4 pooled tokens
+(one linear layer does for any grid), and from the uncompressed model all tokens of all frames, or of the middle frame.
 
 Every model is read in true order and with the frames shuffled. What tells is the accuracy by type: whoever cannot know
 in which order the frames came answers a question of type "order" or "direction" at best right every second time, and
 "count" loses less. The tokens, cache and prefill of the table are those of one frame.
 
-One learning rate, chosen beforehand, and three seeds. From the uncompressed pictures on all models take as many steps:
-what VoCo tokens trained on pictures, the others train on clips, of which they so see more.
+All see the same clips for as many steps, at one learning rate, chosen beforehand, with three seeds; what goes on from
+the uncompressed model has had fewer steps in all. Meant for about an hour and a half on two CPU cores. It has not been
+run to its end.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ from tokzip_jax.config_io import to_config_dict
 from tokzip_jax.study import Variant
 
 FRAMES = 4
-STEPS = 600
+STEPS = 550
 GRIDS = {1: (1, 1), 2: (1, 2), 8: (2, 4)}  # tokens of a frame -> rows and columns of as large a pooled grid
+ORIGINS = {1: 1, 2: 1, 8: 4}  # ... -> tokens of the picture model that pooling begins from
 OPTIM = dataclasses.replace(scenes.OPTIM, learning_rate=1e-3)
 
 
@@ -45,7 +47,9 @@ def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
         name="clips",
         tokenizer=f"{pictures}/tokenizer.json",
         images=FRAMES,
-        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=4, train=6000, validation=300, test=600),
+        text_length=128,
+        targets=32,
+        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=6, train=6000, validation=300, test=400),
     )
     return dataclasses.replace(
         given,
@@ -57,15 +61,15 @@ def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
     )
 
 
-def picture_model(pictures: str, count: int) -> str:
-    """The picture study's checkpoint of `count` VoCo tokens: its first seed, at the learning rate that it chose.
+def picture_model(pictures: str, stage: str, row: str) -> str:
+    """The checkpoint of a stage of the picture study: its first seed, at the learning rate that its row was chosen at.
 
     Before that study has a summary the name is a guess, and a run then says that there is no such checkpoint.
     """
     summary = pathlib.Path(pictures, "eval", "summary.json")
     found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
     rates = {row["method"]: row["learning_rate"] for row in found}
-    return f"{pictures}/checkpoints/{Variant(f'voco{count}', rates.get(f'VoCo {count}', 1e-3), 0).name}"
+    return f"{pictures}/checkpoints/{Variant(stage, rates.get(row, OPTIM.learning_rate), 0).name}"
 
 
 def voco(count: int) -> c.MethodConfig:
@@ -83,7 +87,7 @@ def stages(pictures: str) -> dict[str, c.StageConfig]:
     """Everything that is compared."""
     frames = c.StageConfig(
         init_from=f"{pictures}/checkpoints/base",
-        steps=STEPS + scenes.STEPS,
+        steps=STEPS,
         batch_size=8,
         train=("projector/.*", "llm/.*"),
         optim=OPTIM,
@@ -92,12 +96,12 @@ def stages(pictures: str) -> dict[str, c.StageConfig]:
     for count in GRIDS:
         table[f"voco{count}"] = dataclasses.replace(
             frames,
-            init_from=picture_model(pictures, count),
-            steps=STEPS,
+            init_from=picture_model(pictures, f"voco{count}", f"VoCo {count}"),
             train=scenes.LANGUAGE_MODEL,
             method=voco(count),
         )
-        table[f"pooled{count}"] = dataclasses.replace(frames, method=pooled(count))
+        origin = picture_model(pictures, f"pooled{ORIGINS[count]}", f"average pooling {ORIGINS[count]}")
+        table[f"pooled{count}"] = dataclasses.replace(frames, init_from=origin, method=pooled(count))
     return table
 
 

@@ -131,31 +131,31 @@ def test_published_schedules():
 
 
 def test_clips_go_on_from_the_pictures(tmp_path):
-    """The same model and words; each VoCo stage from the rate and seed that the picture study's summary names."""
-    module = load_file(ROOT / "configs" / "clips.py")
-    pictures, before = load_file(ROOT / "configs" / "scenes.py").run_config(), module.run_config(str(tmp_path))
-    assert before.model == pictures.model and before.data.tokenizer == str(tmp_path / "tokenizer.json")
+    """The same model and words; each compressor from the picture study's, at the rate that its summary names."""
+    clips, scenes = (load_file(ROOT / "configs" / f"{name}.py") for name in ("clips", "scenes"))
+    chosen = {"upper": None, "VoCo 2": 5e-4, "average pooling 4": 2e-3}
     (tmp_path / "eval").mkdir()
-    lines = [{"method": "upper", "learning_rate": None}, {"method": "VoCo 2", "learning_rate": 5e-4}]
-    (tmp_path / "eval" / "summary.json").write_text(json.dumps(lines))
-    cfg = module.run_config(str(tmp_path))
-    origins = {name: stage.init_from for name, stage in cfg.stages.items()}
-    assert origins["voco2"] == str(tmp_path / "checkpoints" / "voco2-lr0.0005-seed0")
-    assert {name for name in origins if origins[name] != before.stages[name].init_from} == {"voco2"}
-    base = f"{tmp_path}/checkpoints/base"
-    assert all(stage.method.voco or stage.init_from == base for stage in cfg.stages.values())
-    # As many tokens a frame either way, each read in both orders, and as many steps from the same checkpoint.
+    summary = json.dumps([{"method": name, "learning_rate": rate} for name, rate in chosen.items()])
+    (tmp_path / "eval" / "summary.json").write_text(summary)
+    cfg, pictures = clips.run_config(str(tmp_path)), scenes.run_config()
+    assert cfg.model == pictures.model and cfg.data.tokenizer == str(tmp_path / "tokenizer.json")
+    folder = f"{tmp_path}/checkpoints/"
+    assert {name: stage.init_from.removeprefix(folder) for name, stage in cfg.stages.items()} == {
+        "uncompressed": "base", "middle": "base",
+        "voco1": "voco1-lr0.001-seed0", "voco2": "voco2-lr0.0005-seed0", "voco8": "voco8-lr0.001-seed0",
+        "pooled1": "pooled1-lr0.001-seed0", "pooled2": "pooled1-lr0.001-seed0", "pooled8": "pooled4-lr0.002-seed0",
+    }  # fmt: skip
+    assert {"voco1", "voco2", "voco8", "pooled1", "pooled4"} <= set(pictures.study.stages) and "base" in pictures.stages
+    # As many tokens a frame either way, each read in both orders, after as many steps.
     for count in (1, 2, 8):
-        counts = {}
+        found = set()
         for name, stage in ((f"VoCo {count}", f"voco{count}"), (f"average pooling {count}", f"pooled{count}")):
             read, shuffled = cfg.rows[name], cfg.rows[f"{name}, shuffled"]
             assert read.method == shuffled.method == cfg.stages[stage].method and read.stage == shuffled.stage == stage
             assert (read.frame_order, shuffled.frame_order) == ("", "shuffled")
-            method = read.method
-            counts[name] = method.voco or vlm.visual_slots(cfg.model, method)
-        assert set(counts.values()) == {count}
-        steps = pictures.stages[f"voco{count}"].steps + cfg.stages[f"voco{count}"].steps
-        assert steps == cfg.stages[f"pooled{count}"].steps == cfg.stages["uncompressed"].steps
+            found.add(read.method.voco or vlm.visual_slots(cfg.model, read.method))
+        assert found == {count}
+    assert len({stage.steps for stage in cfg.stages.values()}) == 1
 
 
 def test_full_size_configs_refuse_a_cpu_and_a_missing_checkpoint():

@@ -42,10 +42,10 @@ def validate(cfg: RunConfig) -> None:
         _stage(f"stages.{name}", stage, cfg)
     for name, row in cfg.rows.items():
         at_least(f"rows.{name}.seeds", row.seeds, 1)
+        _frame_order(f"rows.{name}.frame_order", row.frame_order, cfg.data)
         if not row.stage:  # the question-only prior: no parameters, no pictures
             continue
         one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
-        _frame_order(f"rows.{name}.frame_order", row.frame_order, cfg.data)
         method_check.check(f"rows.{name}.method", row.method, cfg.model)
         method_check.same_projector(f"rows.{name}", row, cfg)
         method_check.fits(f"rows.{name}.method", row.method, cfg)
