@@ -6,12 +6,15 @@
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
 not measured again unless `--remeasure` is given. The second one measures every row with the parameters at PATH in the
-place of its stage's; DIR need not exist. `--config` may be given in the first form too, e.g. to run where the config's
-platform is not (`--config.platform=`) or on another mesh.
+place of its stage's; DIR need not exist, and what is in it stays: these results go to folders of their own,
+`eval/checkpoints/NAME` and `figures/checkpoints/NAME`. `--config` may be given in the first form too, e.g. to run where
+the config's platform is not (`--config.platform=`) or on another mesh.
 
 The third form measures other methods than those of the config's rows, each at every budget: "free" needs no training,
 "all" trains the projectors as the run trains its own compressors and goes on where it was killed. See `sweep`.
 """
+
+import zlib
 
 import jax
 from absl import flags
@@ -74,6 +77,10 @@ def run(
     with jax.set_mesh(mesh):
         if methods:
             return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again, second=second_turn)
+        if checkpoint:
+            # The run's own table, if there is one, stays what it was.
+            name = f"{checkpoint.rstrip('/').rpartition('/')[2]}-{zlib.crc32(checkpoint.encode()):08x}"
+            workdir = Workdir(workdir.root, f"checkpoints/{name}")
         return report.make(Runner.create(cfg, workdir, mesh, checkpoint), rows, again=again)
 
 

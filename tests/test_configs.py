@@ -133,7 +133,7 @@ def test_published_schedules():
 def test_clips_go_on_from_the_pictures(tmp_path):
     """The same model and words; each compressor from the picture study's, at the rate that its summary names."""
     clips, scenes = (load_file(ROOT / "configs" / f"{name}.py") for name in ("clips", "scenes"))
-    chosen = {"upper": None, "VoCo 2": 5e-4, "average pooling 4": 2e-3}
+    chosen = {"upper": None, "VoCo 2": 5e-4, "average pooling 4": 1e-3}
     (tmp_path / "eval").mkdir()
     summary = json.dumps([{"method": name, "learning_rate": rate} for name, rate in chosen.items()])
     (tmp_path / "eval" / "summary.json").write_text(summary)
@@ -142,8 +142,8 @@ def test_clips_go_on_from_the_pictures(tmp_path):
     folder = f"{tmp_path}/checkpoints/"
     assert {name: stage.init_from.removeprefix(folder) for name, stage in cfg.stages.items()} == {
         "uncompressed": "base", "middle": "base",
-        "voco1": "voco1-lr0.001-seed0", "voco2": "voco2-lr0.0005-seed0", "voco8": "voco8-lr0.001-seed0",
-        "pooled1": "pooled1-lr0.001-seed0", "pooled2": "pooled1-lr0.001-seed0", "pooled8": "pooled4-lr0.002-seed0",
+        "voco1": "voco1-lr0.002-seed0", "voco2": "voco2-lr0.0005-seed0", "voco8": "voco8-lr0.002-seed0",
+        "pooled1": "pooled1-lr0.002-seed0", "pooled2": "pooled1-lr0.002-seed0", "pooled8": "pooled4-lr0.001-seed0",
     }  # fmt: skip
     assert {"voco1", "voco2", "voco8", "pooled1", "pooled4"} <= set(pictures.study.stages) and "base" in pictures.stages
     # As many tokens a frame either way, each read in both orders, after as many steps.
