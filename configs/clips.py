@@ -110,13 +110,13 @@ def rows() -> dict[str, c.RowConfig]:
     for count in GRIDS:
         read[f"VoCo {count}"] = c.RowConfig(stage=f"voco{count}", method=voco(count))
         read[f"average pooling {count}"] = c.RowConfig(stage=f"pooled{count}", method=pooled(count))
-    read["upper"] = c.RowConfig(stage="uncompressed")
     table = {
         "question-only prior": c.RowConfig(stage=""),
         "lower": c.RowConfig(stage="uncompressed", method=voco(1)),
         "middle frame": c.RowConfig(stage="middle", frame_order="middle"),
     }
     for name, row in read.items():
-        table[f"{name}, shuffled"] = dataclasses.replace(row, frame_order="shuffled")
         table[name] = row
-    return table
+        table[f"{name}, shuffled"] = dataclasses.replace(row, frame_order="shuffled")
+    upper = c.RowConfig(stage="uncompressed")
+    return {**table, "upper, shuffled": dataclasses.replace(upper, frame_order="shuffled"), "upper": upper}

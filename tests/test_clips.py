@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from tokzip_jax import config_check, layout, sharding, study, training
+from tokzip_jax import config_check, layout, report, sharding, study, training
 from tokzip_jax.config import (
     DataConfig,
     EvalConfig,
     LlmConfig,
     MeshConfig,
+    MethodConfig,
     ModelConfig,
     RowConfig,
     RunConfig,
@@ -315,6 +316,22 @@ def test_a_row_reads_its_frames(built, tok, monkeypatch, tmp_path):
     other = dataclasses.replace(cfg.rows["one"], frame_order="shuffled")
     dataclasses.replace(reader, cfg=dataclasses.replace(cfg, rows={"one": other})).cached("one")
     assert seen and seen[0]["images"].shape[1] == FRAMES
+
+
+def test_a_figure_shows_a_row_that_read_its_pictures(built, tok, monkeypatch):
+    """The most VoCo tokens of the rows in the order of the data, not of those that read other frames."""
+    methods = {
+        order: MethodConfig(voco=count, voco_mask="voco") for order, count in (("", 1), ("true", 2), ("middle", 3))
+    }
+    rows = {f"row {order}": RowConfig(method=method, frame_order=order) for order, method in methods.items()}
+    cfg = run_config(built, upper="")
+    cfg = dataclasses.replace(cfg, rows={**cfg.rows, **rows})
+    monkeypatch.setattr(report, "_looks", lambda model, params, inputs, method: np.zeros((2, 1, method.voco, 16)))
+    monkeypatch.setattr(runner.Runner, "load", lambda self, row: {})
+    mesh = sharding.make_mesh(MeshConfig(data=1, model=1), jax.devices()[:1])
+    batch = {name: np.zeros((1, 1), np.int32) for name in runner.MODEL_INPUTS}
+    (column,) = report._columns(runner.Runner(cfg, None, mesh, tok, []), batch)
+    assert column(0).title.startswith("row true:") and column(0).attention_LkP.shape == (2, 2, 16)
 
 
 def test_orders_need_room_for_their_frames(built):
