@@ -67,8 +67,8 @@ def picture_model(pictures: str, stage: str, row: str) -> str:
     """
     summary = pathlib.Path(pictures, "eval", "summary.json")
     found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
-    rates = {row["method"]: row["learning_rate"] for row in found}
-    return f"{pictures}/checkpoints/{Variant(stage, rates.get(row, scenes.OPTIM.learning_rate), 0).name}"
+    rates = {line["method"]: line.get("learning_rate") for line in found}
+    return f"{pictures}/checkpoints/{Variant(stage, rates.get(row) or scenes.OPTIM.learning_rate, 0).name}"
 
 
 def voco(count: int) -> c.MethodConfig:

@@ -11,6 +11,7 @@ from tokzip_jax.compress import ops
 from tokzip_jax.types import Array, VisualTokens
 
 MODES = ("average", "max", "bilinear")
+Side = tuple[np.ndarray, np.ndarray]  # what holds along one side of a grid, see `on_grid`
 
 
 def check_square(name: str, patches: int) -> int:
@@ -70,9 +71,6 @@ def placed(tokens_BMD: Array, position_M: np.ndarray, source_P: np.ndarray) -> V
         size_BM=rows_of(np.bincount(source_P[source_P >= 0], minlength=slots)),
         source_BP=rows_of(source_P),
     )
-
-
-Side = tuple[np.ndarray, np.ndarray]  # see `on_grid`
 
 
 def on_grid(down: Side, across: Side) -> tuple[np.ndarray, np.ndarray]:
