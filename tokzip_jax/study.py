@@ -225,10 +225,12 @@ class Study:
     def validated(self, variant: Variant) -> float:
         """Mean accuracy of a variant's rows on the validation split.
 
-        Rows that choose their number of tokens follow from the others, and are left out.
+        Left out are rows that choose their number of tokens, which follow from the others, and rows under another mask
+        than the stage trained with: what a training did to the model that reads all tokens is not what it was for.
         """
-        study = self.cfg.study
-        names = [name for name, row in self._rows_of(variant.stage) if not row.auto.ladder]
+        study, mask = self.cfg.study, self.cfg.stages[variant.stage].method.voco_mask
+        fixed = [(name, row) for name, row in self._rows_of(variant.stage) if not row.auto.ladder]
+        names = [name for name, row in fixed if row.method.voco_mask == mask] or [name for name, _ in fixed]
         scores = [self.measured(name, variant, study.split, study.limit).accuracy for name in names]
         return math.fsum(scores) / len(scores)
 
