@@ -7,8 +7,9 @@
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
 not measured again unless `--remeasure` is given. The second one measures every row with the parameters at PATH in the
-place of its stage's; DIR need not exist. `--config` may be given in the first form too, e.g. to run where the config's
-platform is not (`--config.platform=`) or on another mesh.
+place of its stage's; DIR need not exist, and what is in it stays: these results go to folders of their own,
+`eval/checkpoints/NAME` and `figures/checkpoints/NAME`. `--config` may be given in the first form too, e.g. to run where
+the config's platform is not (`--config.platform=`) or on another mesh.
 
 The third form measures other methods than those of the config's rows, each at every budget: "free" needs no training,
 "all" trains the projectors as the run trains its own compressors and goes on where it was killed. See `sweep`.
@@ -16,6 +17,8 @@ The third form measures other methods than those of the config's rows, each at e
 The fourth form says what the VoCo tokens of rows learned: where they look, layer by layer, and which facts of a scene a
 linear read-out finds in their cache, as JSON and a figure. It needs pictures whose facts are known. See `learned_run`.
 """
+
+import zlib
 
 import jax
 from absl import flags
@@ -88,6 +91,10 @@ def run(
             return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again, second=second_turn)
         if learned:
             return learned_run.make(cfg, workdir, mesh, learned, pictures)
+        if checkpoint:
+            # The run's own table, if there is one, stays what it was.
+            name = f"{checkpoint.rstrip('/').rpartition('/')[2]}-{zlib.crc32(checkpoint.encode()):08x}"
+            workdir = Workdir(workdir.root, f"checkpoints/{name}")
         return report.make(Runner.create(cfg, workdir, mesh, checkpoint), rows, again=again)
 
 

@@ -212,6 +212,10 @@ def test_eval_of_parameters_from_elsewhere(tiny_run, tmp_path, monkeypatch):
     save_params(path, {name: params[name] for name in ("vit", "projector", "llm", "voco")})
     there = Workdir(tmp_path / "there")
     text = evaluate.run(there, cfg, checkpoint=path, rows=("upper", "lower"))
+    # A run's own results are not touched, wherever those of a checkpoint go.
+    [folder] = (there.eval / "checkpoints").iterdir()
+    assert folder.name.startswith("converted-") and sorted(there.eval.iterdir()) == [folder.parent]
+    assert sorted(row.stem for row in (folder / "rows").iterdir()) == ["lower", "upper"]
     lines = (workdir.eval / "table.txt").read_text().splitlines()
     assert [line.split() for line in text.splitlines()[2:4]] == [lines[n].split() for n in (3, 8)]
     with pytest.raises(ValueError, match=r"of another model: projector/avgpool_linear/fc/b is missing there"):

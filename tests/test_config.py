@@ -217,6 +217,17 @@ BAD = {
     "model.llm.kv_heads": (3, r"kv_heads = 3 must divide model\.llm\.heads = 2"),
     "model.llm.head_dim": (7, r"head_dim = 7 must be even"),
     "model.llm.max_positions": (32, r"max_positions = 32 is too small for stages\.base\.method: .* needs 47"),
+    "model.llm.rope_theta": (0.0, r"model\.llm\.rope_theta = 0\.0 must be above 0 and finite"),
+    "data.held_out": (-1, r"data\.held_out = -1 must be >= 0"),
+    "data": (
+        DataConfig(name="scenes", vocab_size=64, text_length=32, held_out=2),
+        r"data\.held_out = 2 must be 0: only easy_vqa is cut",
+    ),
+    "stages.base.optim.method": ("sgd", r"optim\.method = 'sgd' is unknown; choose one of 'adamw', 'muon'"),
+    "stages.base": (
+        StageConfig(batch_size=4, optim=OptimConfig(accumulate=4), loss=LossConfig(contrast=0.1)),
+        r"base\.loss\.contrast = 0\.1 needs pictures to tell apart: batch_size / optim\.accumulate is 1",
+    ),
     "model.attention": ("flash", r"model\.attention = 'flash' is unknown; choose one of 'cudnn', 'einsum'"),
     "model.remat": ("half", r"model\.remat = 'half' is unknown"),
     "model.dtype": ("int8", r"model\.dtype = 'int8' is unknown; choose one of 'float32'"),

@@ -93,6 +93,19 @@ def test_round_trip(built):
     assert "tensorflow" not in sys.modules
 
 
+def test_held_out_pictures_are_validation_and_not_training(built):
+    whole, cfg = sources.load(built, "train"), replace(built, held_out=3)
+    train, held = sources.load(cfg, "train"), sources.load(cfg, "validation")
+    assert [part.text(i)["image_id"] for part in (train, held) for i in range(len(part))] == [
+        whole.text(i)["image_id"] for i in range(len(whole))
+    ]
+    assert len(held) == 3 and (held.image(0) == whole.image(len(whole) - 3)).all()
+    assert len(sources.load(cfg, "test")) == 3
+    assert sources.has_validation(cfg) and not sources.has_validation(built)
+    with pytest.raises(ValueError, match=r"data\.held_out = 10 leaves no training picture of 10; give fewer"):
+        sources.load(replace(built, held_out=10), "train")
+
+
 def test_unusable_pictures_are_listed(built, caplog):
     builder = easy_vqa.build(built)
     lines = [json.loads(line) for line in (builder.data_path / easy_vqa.SKIPPED).read_text().splitlines()]

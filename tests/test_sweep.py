@@ -11,7 +11,7 @@ import small_run
 from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, training
 from tokzip_jax.config import MethodConfig, OptimConfig
 from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading
-from tokzip_jax.metrics import MetricWriter
+from tokzip_jax.metrics import MetricWriter, read_metrics
 from tokzip_jax.workdir import Workdir
 
 evaluate = small_run.load_file(small_run.ROOT / "eval.py")
@@ -40,6 +40,9 @@ def run(tmp_path_factory):
     workdir.open(cfg)
     with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)), MetricWriter(workdir.root) as writer:
         training.train_stage(cfg, "base", mesh, workdir, writer)
+    times = workdir.eval / "methods" / "nested_pool" / "step_times.json"
+    times.parent.mkdir(parents=True)
+    times.write_text(json.dumps({"nested_pool": 0.5, "pooled": 1.0}))  # twice that is what the run's own stage takes
     evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
     return cfg, workdir
 
@@ -107,6 +110,15 @@ def test_what_is_refused(asked, budgets, words, tmp_path):
     assert words in str(error.value)
 
 
+def test_rates_of_a_run_without_a_study_are_searched_where_a_split_can_choose(tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    held = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, held_out=4))
+    studied = dataclasses.replace(cfg, study=dataclasses.replace(cfg.study, learning_rates=(1e-4, 5e-4)))
+    for given, rates in ((cfg, ()), (held, (0.0015, 0.003, 0.006)), (studied, (1e-4, 5e-4))):
+        found = sweep.run_config(given, sweep.plan(given, ["ldp"], (4,))[0])
+        assert found.study.learning_rates == rates and found.study.equal_time == "pooled"
+
+
 def test_a_projector_needs_a_recipe(tmp_path):
     cfg = small_run.tiny(str(tmp_path))
     alone = dataclasses.replace(cfg, stages={"base": cfg.stages["base"]})
@@ -129,6 +141,10 @@ def test_table_and_files(run):
     assert summary["cls_attention 1"]["prefill_ms"] == summary["downsample 1"]["prefill_ms"]
     trained = summary["nested_pool 1"]
     assert trained["seeds"] == 2 and trained["learning_rate"] == 1e-3 and trained["note"].startswith("one training")
+    assert trained["train_seconds"] == 0.5 and trained["accuracy_equal_time"] is not None
+    steps = {line["stage"]: line["step"] for line in read_metrics(workdir.root)}
+    once, twice = ([f"nested_pool-lr0.001-seed{seed}{longer}" for seed in (0, 1)] for longer in ("", "-steps2"))
+    assert steps == {"base": 1, **dict.fromkeys(once, 1), **dict.fromkeys(twice, 2)}
     assert (
         summary["fastv 8"]["visual_tokens"] == 16
         and summary["fastv 8"]["prefill_flops"] < summary["upper"]["prefill_flops"]

@@ -269,6 +269,7 @@ class DataConfig:
     describe: str = ""  # a question that training asks first about every picture, its answer the caption; "" = none
     targets: int = 0  # the most supervised positions of a row; 0 = text_length
     caption_length: int = 16
+    held_out: int = 0  # easy_vqa: the last so many training pictures are its split "validation", not trained on
     workers: int = 0  # Grain worker processes
     on_error: str = "skip"  # a picture that cannot be decoded: "skip" (listed in skipped.jsonl) or "raise"
     scenes: ScenesConfig = ScenesConfig()  # read by `scenes` and `clips`

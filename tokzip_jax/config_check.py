@@ -106,6 +106,12 @@ def _model(model: ModelConfig) -> None:
         f"model.llm.kv_heads = {llm.kv_heads} must divide model.llm.heads = {llm.heads}",
     )
     require(llm.head_dim % 2 == 0, f"model.llm.head_dim = {llm.head_dim} must be even (rotary positions turn pairs)")
+    for key, value in (
+        ("llm.rope_theta", llm.rope_theta),
+        ("llm.norm_eps", llm.norm_eps),
+        ("vit.norm_eps", vit.norm_eps),
+    ):
+        require(0 < value < math.inf, f"model.{key} = {value} must be above 0 and finite")
     within("model.vit.feature_layer", vit.feature_layer, -vit.layers, -1)
     one_of("model.vit.activation", vit.activation, sorted(layers.ACTIVATIONS))
     require(
@@ -128,6 +134,11 @@ def _data(data: DataConfig, model: ModelConfig) -> None:
     # BOS, the two placeholders of every image, and at least question, answer and end of one question.
     at_least("data.text_length", data.text_length, 1 + 2 * data.images + 3)
     within("data.targets", data.targets, 0, data.text_length)
+    at_least("data.held_out", data.held_out, 0)
+    require(
+        data.held_out == 0 or data.name == "easy_vqa",
+        f"data.held_out = {data.held_out} must be 0: only easy_vqa is cut into a training and a validation split",
+    )
     _scenes(data)
     if not data.tokenizer:
         within("data.vocab_size", data.vocab_size, 5, model.llm.vocab_size)
@@ -171,6 +182,11 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
         require(0 <= value < 1, f"{key}.optim.{name} = {value} must be >= 0 and below 1")
     for name in ("ce", "kl", "teacher_ce", "contrast"):
         at_least(f"{key}.loss.{name}", getattr(loss, name), 0)
+    part = stage.batch_size // optim.accumulate
+    require(
+        loss.contrast == 0 or part > 1,
+        f"{key}.loss.contrast = {loss.contrast} needs pictures to tell apart: batch_size / optim.accumulate is {part}",
+    )
     require(
         loss.ce + loss.kl + loss.teacher_ce + loss.contrast > 0,
         f"{key}.loss: ce, kl, teacher_ce and contrast are all 0; nothing would train",

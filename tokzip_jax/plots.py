@@ -166,10 +166,14 @@ def kept_tokens_figure(
     _check_panels(pictures_BHWC, panels)
     widths = [1.0, *(_width(panel) for panel in panels[0])]
     height = 1.75
-    figure = Figure(figsize=(height * sum(widths) + 0.15 * len(widths), height * len(panels) + 0.8))
+    across = height * sum(widths) + 0.15 * len(widths)
+    # The legend's entries side by side are 7 inches wide; a narrower figure has them in two lines or four.
+    columns = 4 if across >= 7 else 2 if across >= 4.5 else 1
+    below = 0.14 + 0.2 * (4 // columns)
+    figure = Figure(figsize=(across, height * len(panels) + 0.46 + below))
     # Margins in inches, so that titles and legend have the same room whatever the number of pictures.
     inches = figure.get_figheight()
-    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.45 / inches, "bottom": 0.34 / inches}
+    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.45 / inches, "bottom": below / inches}
     grid = figure.add_gridspec(len(panels), len(widths), width_ratios=widths, wspace=0.06, hspace=0.06, **margins)
     for row, (picture, chosen) in enumerate(zip(pictures_BHWC, panels)):
         axes = _bare(figure, grid[row, 0], picture)
@@ -179,7 +183,7 @@ def kept_tokens_figure(
             draw = _draw_kept if isinstance(panel, KeptPanel) else _draw_looks
             draw(figure, grid[row, column], picture, panel, row == 0)
     if any(isinstance(panel, KeptPanel) for panel in panels[0]):
-        figure.legend(handles=_kept_legend(), loc="lower center", ncols=4, frameon=False, fontsize=9)
+        figure.legend(handles=_kept_legend(), loc="lower center", ncols=columns, frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -37,6 +37,7 @@ EDGE = "the best rate is at the edge of those tried"
 ROUNDS = 6  # of the timing, stage after stage in each
 STEPS = 4  # timed at a time
 WARM = 2  # steps before the first timed one of a program
+SAME = 0.05  # lengths of trainings that differ by no more than this share take equally long: so exact is no timing
 POLL = 2.0  # seconds between two looks at what other processes have finished
 
 
@@ -127,7 +128,8 @@ class Study:
         """
         cfg = self.cfg
         for name in stage_order(cfg):
-            if name not in cfg.study.stages:
+            # A stage that only says how long a training takes is none of this study.
+            if name not in (*cfg.study.stages, cfg.study.equal_time):
                 yield from self._shared({name: cfg})
         for variants in (self.searched, self.repeated, self.timed):
             if variants != self.timed or cfg.study.equal_time:
@@ -192,11 +194,14 @@ class Study:
         return [Variant(stage, self.rate(stage), seed) for seed in self.cfg.study.seeds]
 
     def timed(self, stage: str) -> list[Variant]:
-        """The trainings that take as long as the one of `study.equal_time`, which itself needs no others."""
+        """The trainings that take as long as the one of `study.equal_time`.
+
+        No others are made where the repeated ones take that long already, as those of that stage itself do.
+        """
         reference, times = self.cfg.study.equal_time, self.step_times()
-        if stage == reference:
-            return self.repeated(stage)
         steps = max(1, round(self.cfg.stages[reference].steps * times[reference] / times[stage]))
+        if abs(steps / self.cfg.stages[stage].steps - 1) <= SAME:
+            return self.repeated(stage)
         return [dataclasses.replace(variant, steps=steps) for variant in self.repeated(stage)]
 
     def rate(self, stage: str) -> float:
@@ -231,9 +236,8 @@ class Study:
         self, name: str, variant: Variant, split: str = "", limit: int = 0, *, again: bool = False
     ) -> table.RowResult:
         """A row of a variant, measured once; `again` measures it anyway."""
-        cfg, row = with_variant(self.cfg, variant, split, limit), row_name(name, variant, split)
-        with self.workdir.hold(f"row {row}"):
-            found = self._reader(cfg).cached(row, again=again)
+        cfg = with_variant(self.cfg, variant, split, limit)
+        found = self._reader(cfg).cached(row_name(name, variant, split), again=again)
         return dataclasses.replace(found, method=name)
 
     def _reader(self, cfg: RunConfig) -> Runner:
@@ -299,8 +303,9 @@ class Study:
             write_atomically(self.workdir.eval / RECORD, text)
 
     def step_times(self) -> dict[str, float]:
-        """Seconds of a step of every studied stage, measured once in turns, so that what else the machine does hits
-        all alike; kept in the workdir. The median over `ROUNDS` rounds; compilation is not in it."""
+        """Seconds of a step of every studied stage and of that of `study.equal_time`, measured once in turns, so that
+        what else the machine does hits all alike; kept in the workdir. The median over `ROUNDS` rounds; compilation is
+        not in it."""
         path = self.workdir.eval / TIMES
         with self.workdir.hold(TIMES):
             if not path.exists():
@@ -312,8 +317,10 @@ class Study:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _time(self) -> dict[str, float]:
-        say(f"timing a step of {len(self.cfg.study.stages)} stages")
-        runs = [_Timed(self, name) for name in self.cfg.study.stages]
+        study = self.cfg.study
+        names = dict.fromkeys([*study.stages, *filter(None, [study.equal_time])])
+        say(f"timing a step of {len(names)} stages")
+        runs = [_Timed(self, name) for name in names]
         for run in runs:
             run.warm_up()
         seconds = [[run.steps(turn) for run in runs] for turn in range(ROUNDS)]

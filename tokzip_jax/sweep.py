@@ -23,6 +23,7 @@ from tokzip_jax.config import (
     RunConfig,
     StageConfig,
 )
+from tokzip_jax.data import sources
 from tokzip_jax.projectors import OPTIONS, PROJECTORS
 
 # Encoder-site methods with an option: another name in the table.
@@ -165,17 +166,30 @@ def run_config(cfg: RunConfig, lines: Sequence[Line]) -> RunConfig:
     """
     first, origin = lines[0], cfg.rows[cfg.eval.upper].stage
     stages = {origin: dataclasses.replace(cfg.stages[origin], init_from="")}
-    stages |= {line.row.stage: line.training for line in lines if line.training}
+    trained = {line.row.stage: line.training for line in lines if line.training}
+    if trained:
+        name = cfg.study.equal_time or template(cfg)
+        stages[name] = cfg.stages[name]  # for its steps and the time of one
+        study = dataclasses.replace(cfg.study, stages=tuple(trained), learning_rates=_rates(cfg), equal_time=name)
+    else:
+        study = dataclasses.replace(cfg.study, stages=(), equal_time="")
     return dataclasses.replace(
         cfg,
         model=first.model,
         data=dataclasses.replace(cfg.data, questions=1) if first.alone else cfg.data,
-        stages=stages,
+        stages=stages | trained,
         rows={line.name: line.row for line in lines},
-        study=dataclasses.replace(
-            cfg.study, stages=tuple({line.row.stage: None for line in lines if line.training}), equal_time=""
-        ),
+        study=study,
     )
+
+
+def _rates(cfg: RunConfig) -> tuple[float, ...]:
+    """The study's learning rates; of a run without a study the recipe's, half and double of it.
+
+    Where no split could choose among them, the recipe's alone.
+    """
+    peak = cfg.stages[template(cfg)].optim.learning_rate
+    return cfg.study.learning_rates or ((peak / 2, peak, peak * 2) if sources.has_validation(cfg.data) else ())
 
 
 def _encoder(cfg: RunConfig, name: str, tokens: int) -> MethodConfig:
@@ -205,19 +219,19 @@ def _decoder(cfg: RunConfig, name: str, tokens: int) -> MethodConfig:
     return dataclasses.replace(upper_method(cfg), decoder=name, decoder_layers=layers, decoder_keep=keep, **heads)
 
 
-def template(cfg: RunConfig) -> StageConfig:
-    """The run's stage whose recipe the trained methods take: one that begins where the upper bound was read, with a
-    projector of its own or with VoCo tokens that text sees alone.
+def template(cfg: RunConfig) -> str:
+    """The name of the run's stage whose recipe the trained methods take: one that begins where the upper bound was
+    read, with a projector of its own or with VoCo tokens that text sees alone.
 
     Raises:
         ValueError: there is none.
     """
     origin, own = cfg.rows[cfg.eval.upper].stage, upper_method(cfg).projector
-    stages = [stage for _, stage in sorted(cfg.stages.items()) if stage.init_from == origin]
+    stages = {name: stage.method for name, stage in sorted(cfg.stages.items()) if stage.init_from == origin}
     for fits in (lambda m: m.projector != own, lambda m: m.voco_mask != "visible"):
-        for stage in stages:
-            if fits(stage.method):
-                return stage
+        for name, method in stages.items():
+            if fits(method):
+                return name
     raise ValueError(
         f"no stage begins from {origin!r} with another projector or a VoCo mask, so that there is no recipe to train "
         "projectors by; add such a stage, or ask for --methods=free"
@@ -226,13 +240,14 @@ def template(cfg: RunConfig) -> StageConfig:
 
 def _training(cfg: RunConfig, method: MethodConfig) -> StageConfig:
     """Same steps, batch and optimiser as the template; cross entropy; projector and language model train."""
+    recipe = cfg.stages[template(cfg)]
     return dataclasses.replace(
-        template(cfg),
+        recipe,
         train=("projector/.*", "llm/.*"),
         method=method,
         voco_counts=(),
         token_dropout=0.0,
-        loss=LossConfig(chunk=template(cfg).loss.chunk),
+        loss=LossConfig(chunk=recipe.loss.chunk),
         progressive=ProgressiveConfig(),
     )
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from tokzip_jax.evals import shared, table
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import MetricWriter, say
-from tokzip_jax.study import Study, rates
+from tokzip_jax.study import POLL, Study, rates
 from tokzip_jax.sweep import Line, Refused
 from tokzip_jax.training import train_all
 from tokzip_jax.types import Array, Params, VisualTokens
@@ -37,19 +36,6 @@ CAPTION = (
 )
 
 
-class Part(Workdir):
-    """A run's workdir whose results go to a folder of their own, `eval/methods/PART`."""
-
-    def __init__(self, workdir: Workdir, part: str = "") -> None:
-        super().__init__(workdir.root)
-        self.part = part
-
-    @property
-    def eval(self):
-        """Where results go."""
-        return self.root / "eval" / FOLDER / self.part
-
-
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """A sweep in a workdir.
@@ -59,6 +45,7 @@ class Sweep:
         lines: its rows.
         base: runner of the run's own rows.
         again: also measure what the workdir holds.
+        timed: prefills that were timed by this sweep.
     """
 
     cfg: RunConfig
@@ -67,6 +54,7 @@ class Sweep:
     lines: list[Line]
     base: SharedRunner
     again: bool = False
+    timed: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh, lines: list[Line], *, again: bool = False) -> "Sweep":
@@ -88,7 +76,7 @@ class Sweep:
     def runner(self, line: Line) -> SharedRunner:
         """Of a line's model and data; pictures and features are shared."""
         cfg = sweep.run_config(self.cfg, [line])
-        return dataclasses.replace(self.base, cfg=cfg, workdir=Part(self.workdir))
+        return dataclasses.replace(self.base, cfg=cfg, workdir=_part(self.workdir))
 
     def bounds(self) -> list[table.RowResult]:
         """The run's own rows that others are compared with: the prior, the lower and the upper bound."""
@@ -106,7 +94,7 @@ class Sweep:
     def trained(self, lines: Sequence[Line]) -> list[table.RowResult]:
         """The rows of one stage, which is trained at the study's learning rates and seeds where it was not yet."""
         cfg, stage = sweep.run_config(self.cfg, lines), lines[0].row.stage
-        part = Part(self.workdir, stage)
+        part = _part(self.workdir, stage)
         split, limit = cfg.study.split, cfg.study.limit
         tested = dataclasses.replace(self.base, cfg=cfg, workdir=part)
         readers: dict[tuple[str, int], Runner] = {(cfg.eval.split, cfg.eval.limit): tested}
@@ -124,13 +112,22 @@ class Sweep:
     def rows(self) -> Iterator[list[table.RowResult]]:
         """The rows, after everything without training and after each training: what there is by then."""
         done = {line.name: self.free(line) for line in self.lines if not line.training}
-        for stage, group in itertools.groupby((line for line in self.lines if line.training), lambda x: x.row.stage):
-            if done:
-                yield self.in_order(done)
-            say(f"stage {stage}")
-            found = list(group)
-            done |= dict(zip([line.name for line in found], self.trained(found)))
         yield self.in_order(done)
+        left: dict[str, list[Line]] = {}
+        for line in self.lines:
+            if line.training:
+                left.setdefault(line.row.stage, []).append(line)
+        while left:
+            # What another process is at comes last: by then it may be done, and is read.
+            for stage, found in [*left.items()]:
+                with self.workdir.hold(f"sweep {stage}", wait=False) as mine:
+                    if mine:
+                        say(f"stage {stage}")
+                        done |= dict(zip([line.name for line in found], self.trained(found)))
+                        del left[stage]
+                        yield self.in_order(done)
+            if left:
+                time.sleep(POLL)
 
     def in_order(self, done: dict[str, table.RowResult]) -> list[table.RowResult]:
         """Bounds and rows with their ratios and prefill times."""
@@ -145,12 +142,16 @@ class Sweep:
 
     def prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
         """Milliseconds a question, the median of runs in turns; kept in the workdir, measured where one is missing."""
-        path = Part(self.workdir).eval / "prefill.json"
+        with self.workdir.hold("times of prefills"):
+            return self._prefill(methods)
+
+    def _prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
+        path = _part(self.workdir).eval / "prefill.json"
         kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         wanted = {_program(model, method): method for model, method in methods}
-        missing = {name: wanted[name] for name in wanted if name not in kept}
-        if missing:
+        if any(name not in kept or (self.again and name not in self.timed) for name in wanted):
             kept |= self._time(wanted)
+            self.timed.update(wanted)
             if jax.process_index() == 0:
                 write_atomically(path, json.dumps(kept, indent=2) + "\n")
         return [kept[_program(model, method)] for model, method in methods]
@@ -172,6 +173,11 @@ class Sweep:
             cases[name] = Case(functools.partial(run, shared.language_model(params), prompt, tokens))
         seconds = interleave(cases, runs=ROUNDS)
         return {name: 1000 * spread(values)["median"] / len(batch["example"]) for name, values in seconds.items()}
+
+
+def _part(workdir: Workdir, stage: str = "") -> Workdir:
+    """The run's workdir with a folder for the results of the sweep, or for those of one of its stages."""
+    return Workdir(workdir.root, f"{FOLDER}/{stage}" if stage else FOLDER)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -231,16 +237,18 @@ def make(
     work = Sweep.create(cfg, workdir, mesh, lines, again=again)
     text = ""
     for rows in work.rows():
-        text = _write(work, rows, refused)
-    draw(work, rows, budgets)
+        with workdir.hold("table of methods"):
+            text = _write(work, rows, refused)
+    with workdir.hold("table of methods"):
+        draw(work, rows, budgets)
     if second:
-        text += f"\n\n{second_turn.make(work, Part(workdir).eval)}"
+        text += f"\n\n{second_turn.make(work, _part(workdir).eval)}"
     taken = time.perf_counter() - start
-    return f"{text}\n{taken:.0f} s; written to {Part(workdir).eval} and {workdir.figures}"
+    return f"{text}\n{taken:.0f} s; written to {_part(workdir).eval} and {workdir.figures}"
 
 
 def _write(work: Sweep, rows: list[table.RowResult], refused: list[Refused]) -> str:
-    cfg, folder = work.cfg, Part(work.workdir).eval
+    cfg, folder = work.cfg, _part(work.workdir).eval
     caption = CAPTION.format(
         upper=cfg.eval.upper, lower=cfg.eval.lower, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"])
     )

@@ -30,10 +30,12 @@ class Workdir:
 
     Attributes:
         root: the directory.
+        part: a folder of their own for results and pictures that are not those of the run's own table; "" = none.
     """
 
-    def __init__(self, root: str | pathlib.Path) -> None:
+    def __init__(self, root: str | pathlib.Path, part: str = "") -> None:
         self.root = pathlib.Path(root).expanduser().absolute()
+        self.part = part
 
     @property
     def config(self) -> pathlib.Path:
@@ -43,12 +45,12 @@ class Workdir:
     @property
     def eval(self) -> pathlib.Path:
         """Where results go."""
-        return self.root / "eval"
+        return self.root / "eval" / self.part
 
     @property
     def figures(self) -> pathlib.Path:
         """Where pictures go."""
-        return self.root / "figures"
+        return self.root / "figures" / self.part
 
     @property
     def tokenizer(self) -> pathlib.Path:

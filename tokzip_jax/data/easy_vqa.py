@@ -109,11 +109,21 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
 def load(cfg: DataConfig, split: str) -> BuiltSource:
     """Open one split, building the data set first where it is not built yet (a few seconds).
 
+    The official splits are "train" and "test". With `cfg.held_out` the last so many pictures of "train" are taken out
+    of it and are the split "validation".
+
     Raises:
-        ValueError: no such split, or `cfg.on_error == "raise"` and a picture cannot be used.
+        ValueError: no such split, no training picture left, or `cfg.on_error == "raise"` and a picture cannot be used.
         ModuleNotFoundError: neither the data set nor the package that it is built from is there.
     """
-    return BuiltSource(*built.read(build(cfg), split))
+    if not cfg.held_out or split not in ("train", "validation"):
+        return BuiltSource(*built.read(build(cfg), split))
+    encoded, texts = built.read(build(cfg), "train")
+    left = len(texts) - cfg.held_out
+    if left < 1:
+        raise ValueError(f"data.held_out = {cfg.held_out} leaves no training picture of {len(texts)}; give fewer")
+    part = slice(left) if split == "train" else slice(left, None)
+    return BuiltSource(encoded[part], texts[part])
 
 
 def build(cfg: DataConfig) -> EasyVqa:

@@ -57,6 +57,11 @@ def load(cfg: DataConfig, split: str) -> Source:
     return SOURCES[cfg.name](cfg, split)
 
 
+def has_validation(cfg: DataConfig) -> bool:
+    """Whether there is a split "validation" to choose settings on."""
+    return cfg.name in ("scenes", "clips") or cfg.held_out > 0
+
+
 def texts(source: Source) -> list[str]:
     """Every question, answer and caption of a source: what its tokenizer is trained on."""
     out = []

@@ -165,6 +165,10 @@ class Runner:
 
     def cached(self, name: str, *, again: bool = False) -> table.RowResult:
         """`measure` a row of the config, unless the workdir holds its result already; `again` measures it anyway."""
+        with self.workdir.hold(f"{self.workdir.eval.relative_to(self.workdir.root)} row {name}"):
+            return self._cached(name, again)
+
+    def _cached(self, name: str, again: bool) -> table.RowResult:
         row = self.cfg.rows[name]
         # A name may hold what a file name cannot.
         path = self.workdir.eval / "rows" / f"{urllib.parse.quote(name, safe=' ')}.json"
