@@ -107,7 +107,7 @@ def make(cfg: RunConfig, workdir: Workdir, mesh: Mesh, names: Sequence[str], pic
 
 def _first_seeds(cfg: RunConfig, workdir: Workdir, mesh: Mesh, names: Sequence[str]) -> RunConfig:
     """The config with the rows that are read moved to their study's first seed; the other stages may be unfinished."""
-    read = {cfg.rows[name].stage for name in (*names, cfg.eval.lower)}
+    read = {cfg.rows[name].stage for name in (*names, cfg.eval.lower) if name in cfg.rows}
     stages = tuple(stage for stage in cfg.study.stages if stage in read)
     narrow = dataclasses.replace(cfg, study=dataclasses.replace(cfg.study, stages=stages))
     return Study(narrow, workdir, mesh).first()
@@ -115,8 +115,8 @@ def _first_seeds(cfg: RunConfig, workdir: Workdir, mesh: Mesh, names: Sequence[s
 
 def _lower(runner: Runner, row: RowConfig, scenes: Scenes) -> Seen | None:
     """What as many VoCo tokens see with the parameters of the row `eval.lower`, where that has VoCo tokens too."""
-    lower = runner.cfg.rows[runner.cfg.eval.lower]
-    if not _cached(lower.method) or lower.stage == row.stage:
+    lower = runner.cfg.rows.get(runner.cfg.eval.lower)
+    if lower is None or not _cached(lower.method) or lower.stage == row.stage:
         return None
     method = dataclasses.replace(lower.method, voco=row.method.voco)
     return _see(runner, dataclasses.replace(lower, method=method), scenes)
