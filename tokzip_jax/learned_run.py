@@ -37,12 +37,12 @@ PICTURES = 2000
 POOLED, UNTRAINED = "mean patch", "both, untrained"
 WHERE = (
     "Means over {pictures} pictures of {split!r} and over tokens. on patches: attention that goes to the picture at "
-    "all; patches: e to the power of its entropy; overlap: cosine of two tokens' maps."
+    "all;\npatches: e to the power of its entropy; overlap: cosine of two tokens' maps."
 )
 AREA = "on things: share of the attention to the picture; things cover {area:.1f} % of it."
 READ = (
     "Read-outs: accuracy in per cent on pictures that nothing was fitted on, {tests} or more; two standard errors are "
-    "{error:.1f} at most. Of the layers the best one, its number in brackets. majority: always the commonest answer; "
+    "{error:.1f} at most.\nOf the layers the best one, its number in brackets. majority: always the commonest answer; "
     "mean patch: the mean of the projected visual tokens."
 )
 LOWER = "untrained: as many VoCo tokens, read with the parameters of the row {row!r}."
@@ -149,7 +149,8 @@ def _see(runner: Runner, row: RowConfig, scenes: Scenes) -> Seen:
     # Patches have a place to compare with where nothing was dropped or merged.
     placed = method.encoder == "none" and method.projector in KEEPS_PLACES
     looks = jax.jit(probe.looks)(attention, objects if placed else None)
-    return Seen(jax.device_get(looks), seen)
+    # A jitted function sorts its dict.
+    return Seen(jax.device_get(looks), {kind: seen[kind] for kind in (*probe.FEATURES, POOLED)})
 
 
 def _batches(

@@ -107,6 +107,7 @@ def _gray(axes: Axes, values_L: np.ndarray) -> None:
 def _draw_spent(axes: Axes, looks: Looks, untrained: Looks | None) -> None:
     spent = [None if each is None else 100 * np.asarray(each.spent_LBk) for each in (looks, untrained)]
     _tokens(axes, *spent, "attention on patches, %")
+    axes.set_ylim(0, 103)
 
 
 def _draw_entropy(axes: Axes, looks: Looks, untrained: Looks | None) -> None:
