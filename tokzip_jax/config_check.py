@@ -85,14 +85,15 @@ def stage_order(cfg: RunConfig) -> list[str]:
 
 
 def deciding(cfg: RunConfig, stage: str) -> list[str]:
-    """The rows that a study chooses a stage's learning rate by: of a fixed number of tokens, frames read as it does."""
-    usual = cfg.data.scenes.frame_order
-    order = cfg.stages[stage].frame_order or usual
-    return [
-        name
-        for name, row in cfg.rows.items()
-        if row.stage == stage and not row.auto.ladder and (row.frame_order or usual) == order
-    ]
+    """The rows that a study chooses a stage's learning rate by: of a fixed number of tokens, frames read as it does.
+
+    Where there are such, those under the mask that it trains with.
+    """
+    trained, usual = cfg.stages[stage], cfg.data.scenes.frame_order
+    order = trained.frame_order or usual
+    fixed = {name: row for name, row in cfg.rows.items() if row.stage == stage and not row.auto.ladder}
+    alike = {name: row for name, row in fixed.items() if (row.frame_order or usual) == order}
+    return [name for name, row in alike.items() if row.method.voco_mask == trained.method.voco_mask] or list(alike)
 
 
 def _model(model: ModelConfig) -> None:

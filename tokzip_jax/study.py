@@ -225,8 +225,9 @@ class Study:
     def validated(self, variant: Variant) -> float:
         """Mean accuracy of a variant's rows on the validation split.
 
-        Rows that choose their number of tokens follow from the others, and rows that read the frames of clips in
-        another order than the stage say nothing of how well it has learned: they are left out.
+        Left out are rows that choose their number of tokens, which follow from the others, and rows that are read in
+        another way than the stage trained: what a training did to the model that reads all tokens is not what it was
+        for, and shuffled frames say nothing of how well it has learned.
         """
         study = self.cfg.study
         names = deciding(self.cfg, variant.stage)
