@@ -3,6 +3,7 @@
     python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
     python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
     python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--second_turn]
+    python eval.py --workdir=DIR --learned="VoCo 1,VoCo 8" [--learned_pictures=2000]
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
 not measured again unless `--remeasure` is given. The second one measures every row with the parameters at PATH in the
@@ -12,6 +13,9 @@ the config's platform is not (`--config.platform=`) or on another mesh.
 
 The third form measures other methods than those of the config's rows, each at every budget: "free" needs no training,
 "all" trains the projectors as the run trains its own compressors and goes on where it was killed. See `sweep`.
+
+The fourth form says what the VoCo tokens of rows learned: where they look, layer by layer, and which facts of a scene a
+linear read-out finds in their cache, as JSON and a figure. It needs pictures whose facts are known. See `learned_run`.
 """
 
 import zlib
@@ -20,7 +24,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tokzip_jax import entry, report, sweep, sweep_run
+from tokzip_jax import entry, learned_run, report, sweep, sweep_run
 from tokzip_jax.config import RunConfig
 from tokzip_jax.config_io import from_config_dict
 from tokzip_jax.evals.runner import Runner
@@ -38,6 +42,8 @@ def run(
     methods: tuple[str, ...] = (),
     budgets: tuple[int, ...] = sweep.BUDGETS,
     second_turn: bool = False,
+    learned: tuple[str, ...] = (),
+    pictures: int = learned_run.PICTURES,
 ) -> str:
     """The table as text.
 
@@ -49,10 +55,12 @@ def run(
         again: also measure the rows whose result the workdir holds.
         methods, budgets: a sweep instead of the config's rows, see `sweep.plan`; () = none.
         second_turn: with methods, also answers with tokens chosen for another question.
+        learned: rows whose VoCo tokens are looked at, see `learned_run`; () = none.
+        pictures: with learned, how many of the eval split.
 
     Raises:
-        ValueError: methods with a checkpoint or rows, a checkpoint without a config, a config without rows, or what
-            `entry.start`, `sweep.plan` and the rows raise.
+        ValueError: methods or learned with what they do not go with, a checkpoint without a config, a config without
+            rows, or what `entry.start`, `sweep.plan`, `learned_run.check` and the rows raise.
         FileNotFoundError: no run, or no checkpoint.
     """
     if second_turn and not methods:
@@ -61,6 +69,8 @@ def run(
         raise ValueError(
             "--methods measures a run's own checkpoints at every budget: give neither --checkpoint nor --rows"
         )
+    if learned and (checkpoint or rows or methods):
+        raise ValueError("--learned reads a run's own checkpoints: give neither --checkpoint, --rows nor --methods")
     if checkpoint and cfg is None:
         raise ValueError("--checkpoint needs --config, the model and the rows to measure it with")
     if cfg is None:
@@ -70,6 +80,8 @@ def run(
         raise ValueError("the config has no rows to measure: add some to its rows")
     if methods:
         sweep.plan(cfg, methods, budgets)  # what cannot be is said before anything is opened
+    if learned:
+        learned_run.check(cfg, learned, pictures)
     if checkpoint or workdir.config.exists():
         workdir.open(cfg, free=(*FREE, "mesh.data", "mesh.model"))
     else:
@@ -77,6 +89,8 @@ def run(
     with jax.set_mesh(mesh):
         if methods:
             return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again, second=second_turn)
+        if learned:
+            return learned_run.make(cfg, workdir, mesh, learned, pictures)
         if checkpoint:
             # The run's own table, if there is one, stays what it was.
             name = f"{checkpoint.rstrip('/').rpartition('/')[2]}-{zlib.crc32(checkpoint.encode()):08x}"
@@ -97,6 +111,8 @@ if __name__ == "__main__":
     SECOND = flags.DEFINE_bool(
         "second_turn", False, "With --methods: tokens chosen for one question read for the next."
     )
+    LEARNED = flags.DEFINE_list("learned", [], "Rows to look into: what their VoCo tokens look at and hold.")
+    PICTURES = flags.DEFINE_integer("learned_pictures", learned_run.PICTURES, "With --learned: how many are looked at.")
     flags.mark_flag_as_required("workdir")
 
     def main() -> None:
@@ -115,6 +131,8 @@ if __name__ == "__main__":
             methods=tuple(METHODS.value),
             budgets=budgets,
             second_turn=SECOND.value,
+            learned=tuple(LEARNED.value),
+            pictures=PICTURES.value,
         )
         say(text)
 

@@ -18,7 +18,7 @@ STEPS = 600
 LADDER = (1, 2, 4, 8)
 LANGUAGE_MODEL = ("projector/.*", "llm/.*", "voco/.*")
 THRESHOLDS = {"strict": 0.01, "middling": 0.1, "loose": 0.5}  # of k=auto: nats that the answer may change by
-BUDGETS = (2, 4, 16)  # of the rows that select
+BUDGETS = (2, 3, 4, 6, 8, 16)  # of the rows that select
 
 
 def get_config():
@@ -45,7 +45,7 @@ def run_config() -> c.RunConfig:
             text_length=104,
             targets=24,
             caption_length=12,
-            scenes=c.ScenesConfig(difficulty="easy", captions="partial"),
+            scenes=c.ScenesConfig(difficulty="easy", captions="partial", train=60000),
         ),
         stages={**towers(), **trained},
         rows=table,
@@ -77,7 +77,7 @@ def towers() -> dict[str, c.StageConfig]:
         ),
         "base": c.StageConfig(
             init_from="clip",
-            steps=4500,
+            steps=7000,
             batch_size=16,
             method=visible,
             voco_counts=(0, 1, 0, 8),
@@ -146,7 +146,7 @@ def rows() -> dict[str, c.RowConfig]:
         **{f"elastic {count}": c.RowConfig(stage="elastic", method=read(count)) for count in LADDER},
         **{f"k=auto {name}": choosing(threshold) for name, threshold in THRESHOLDS.items()},
     }
-    for tokens in BUDGETS[1:]:
+    for tokens in (4, 8, 16):
         merging = c.MethodConfig(encoder="visionzip", tokens=tokens, options={"contextual": tokens // 4})
         table[f"VisionZip {tokens}"] = c.RowConfig(method=merging)
     for tokens in BUDGETS:

@@ -9,12 +9,26 @@ import jax
 import numpy as np
 import pytest
 
-from tokzip_jax import layout
-from tokzip_jax.config import DataConfig, ScenesConfig
+from tokzip_jax import config_check, layout, report, sharding, study, training
+from tokzip_jax.config import (
+    DataConfig,
+    EvalConfig,
+    LlmConfig,
+    MeshConfig,
+    MethodConfig,
+    ModelConfig,
+    RowConfig,
+    RunConfig,
+    ScenesConfig,
+    StageConfig,
+    VitConfig,
+)
 from tokzip_jax.data import actors, clip_questions, clips, pipeline, rows, shapes, sources
 from tokzip_jax.data import tokenizer as bpe
+from tokzip_jax.evals import runner
 from tokzip_jax.evals.scoring import question_only_prior
 from tokzip_jax.types import IMAGE_ID, TEXT, VISION, VOCO, VOCO_ID
+from tokzip_jax.workdir import Workdir
 
 FRAMES = 5
 SMALL = ScenesConfig(train=30, validation=2, test=6, frames=FRAMES)
@@ -216,6 +230,119 @@ def test_frame_orders(built):
                       for i in range(30)}  # fmt: skip
     with pytest.raises(ValueError, match=r"data\.scenes\.frame_order = 'best' is unknown"):
         clips.frame_order(dataclasses.replace(SMALL, frame_order="best"), "train", 0)
+
+
+MODEL = ModelConfig(
+    vit=VitConfig(image_size=64, patch_size=16, width=16, layers=2, heads=2, mlp_dim=16),
+    llm=LlmConfig(vocab_size=400, width=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp_dim=16, max_positions=256),
+)
+
+
+def run_config(built, **orders):
+    """A run with a stage and a row for each of these orders, and questions of its data alone."""
+    rows = {name: RowConfig(frame_order=order, stage=name) for name, order in orders.items()}
+    stages = {name: StageConfig(frame_order=order, batch_size=2) for name, order in orders.items()}
+    bounds = EvalConfig(upper="upper", lower="upper", batch_size=4)
+    return RunConfig(model=MODEL, data=built, rows=rows, stages=stages, eval=bounds)
+
+
+ORDERED = {"upper": "", "in order": "true", "mixed": "shuffled", "one": "middle"}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_a_stage_reads_its_frames(built, tok, name, monkeypatch, tmp_path):
+    """In its own order, both where it is trained and where its steps are timed."""
+    cfg = run_config(built, **ORDERED)
+    workdir, mesh = Workdir(tmp_path), sharding.make_mesh(cfg.mesh)
+    monkeypatch.setattr(Workdir, "load_tokenizer", lambda self, data: tok)
+    given = []
+
+    class Enough(Exception):
+        pass
+
+    def begun(data, tokenizer, **options):
+        iterator = iterate(data, tokenizer, **options)
+        given.append(next(iterator))
+        raise Enough
+
+    iterate = pipeline.train_iterator
+    monkeypatch.setattr(pipeline, "train_iterator", begun)
+    for start in (
+        lambda: training.train_stage(cfg, name, mesh, workdir, None),
+        lambda: study._Timed(study.Study(cfg, workdir, mesh), name),
+    ):
+        with pytest.raises(Enough):
+            start()
+    source = sources.load(ordered(built, ORDERED[name] or "true"), "train")
+    seen = {source.image(index).tobytes() for index in range(len(source))}
+    assert len(given) == 2
+    for batch in given:
+        assert batch["images"].shape[:2] == (2, 1 if name == "one" else FRAMES)
+        assert all(frames.tobytes() in seen for frames in batch["images"])
+
+
+def test_a_row_reads_its_frames(built, tok, monkeypatch, tmp_path):
+    """And another order is another result, though the name and everything else is the same."""
+    cfg = run_config(built, **ORDERED)
+    config_check.validate(cfg)
+    seen = []
+
+    def scorer(model, method, questions, *rest):
+        def score(params, inputs, *rest):
+            seen.append(inputs)
+            return np.ones((4, questions), bool)
+
+        return score
+
+    monkeypatch.setattr(runner, "_scorer", scorer)
+    monkeypatch.setattr(runner.Runner, "load", lambda self, row: {})
+    texts = [sources.load(built, "test").text(index) for index in range(SMALL.test)]
+    mesh = sharding.make_mesh(MeshConfig(data=1, model=1), jax.devices()[:1])
+    reader = runner.Runner(cfg, Workdir(tmp_path), mesh, tok, texts)
+    asked = sum(len(text["questions"]) for text in texts)
+    for name, order in ORDERED.items():
+        seen.clear()
+        assert reader.cached(name).accuracy == 1.0
+        source, read = sources.load(ordered(built, order or "true"), "test"), set()
+        for batch in seen:
+            for example, frames in zip(np.asarray(batch["example"]), np.asarray(batch["images"])):
+                if example >= 0:
+                    np.testing.assert_array_equal(frames, source.image(example))
+                    read.add(int(example))
+        assert read == set(range(SMALL.test)) and asked > 0
+    seen.clear()
+    reader.cached("one")
+    assert not seen
+    other = dataclasses.replace(cfg.rows["one"], frame_order="shuffled")
+    dataclasses.replace(reader, cfg=dataclasses.replace(cfg, rows={"one": other})).cached("one")
+    assert seen and seen[0]["images"].shape[1] == FRAMES
+
+
+def test_a_figure_shows_a_row_that_read_its_pictures(built, tok, monkeypatch):
+    """The most VoCo tokens of the rows in the order of the data, not of those that read other frames."""
+    methods = {
+        order: MethodConfig(voco=count, voco_mask="voco") for order, count in (("", 1), ("true", 2), ("middle", 3))
+    }
+    rows = {f"row {order}": RowConfig(method=method, frame_order=order) for order, method in methods.items()}
+    cfg = run_config(built, upper="")
+    cfg = dataclasses.replace(cfg, rows={**cfg.rows, **rows})
+    monkeypatch.setattr(report, "_looks", lambda model, params, inputs, method: np.zeros((2, 1, method.voco, 16)))
+    monkeypatch.setattr(runner.Runner, "load", lambda self, row: {})
+    mesh = sharding.make_mesh(MeshConfig(data=1, model=1), jax.devices()[:1])
+    batch = {name: np.zeros((1, 1), np.int32) for name in runner.MODEL_INPUTS}
+    (column,) = report._columns(runner.Runner(cfg, None, mesh, tok, []), batch)
+    assert column(0).title.startswith("row true:") and column(0).attention_LkP.shape == (2, 2, 16)
+
+
+def test_orders_need_room_for_their_frames(built):
+    cfg = run_config(ordered(built, "middle", images=1), upper="", one="middle")
+    config_check.validate(cfg)
+    for key, change in (
+        ("stages", {"upper": dataclasses.replace(cfg.stages["upper"], frame_order="true")}),
+        ("rows", {"upper": dataclasses.replace(cfg.rows["upper"], frame_order="shuffled")}),
+    ):
+        with pytest.raises(ValueError, match=r"data\.images = 1 is too small for clips of data\.scenes\.frames = 5"):
+            config_check.validate(dataclasses.replace(cfg, **{key: {**getattr(cfg, key), **change}}))
 
 
 def test_every_order_is_as_likely():

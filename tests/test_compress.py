@@ -194,27 +194,32 @@ def test_random_draws_every_patch_equally_often():
     assert np.all(np.abs(np.bincount(position.ravel(), minlength=9) - 2000 / 3) < 5 * 21)
 
 
-def adaptive_pool(picture, grid):
-    """AdaptiveAvgPool2d's definition, bin by bin, and which bins hold a patch."""
+def adaptive_pool(picture, rows, columns):
+    """AdaptiveAvgPool2d's definition, bin by bin, and the bins: their rows and columns of the picture."""
     side = picture.shape[0]
-    edges = [(i * side // grid, -(-(i + 1) * side // grid)) for i in range(grid)]
-    return np.array([[picture[a:b, c:d].mean(axis=(0, 1)) for c, d in edges] for a, b in edges]), edges
+    down, across = (
+        [(i * side // count, -(-(i + 1) * side // count)) for i in range(count)] for count in (rows, columns)
+    )
+    edges = [(row, column) for row in down for column in across]
+    return np.array([picture[a:b, c:d].mean(axis=(0, 1)) for (a, b), (c, d) in edges]), edges
 
 
-@pytest.mark.parametrize("grid", [1, 2, 4, 5, 6])
-def test_average_pool_equals_the_bins(grid):
-    result = average_pool(PATCHES, grid=grid)
+@pytest.mark.parametrize(
+    ("grid", "rows"), [(1, 0), (2, 0), (4, 0), (5, 0), (6, 0), (2, 1), (1, 2), (4, 2), (3, 5), (5, 3)]
+)
+def test_average_pool_equals_the_bins(grid, rows):
+    result = average_pool(PATCHES, grid=grid, rows=rows)
     for row in range(3):
-        expected, edges = adaptive_pool(PATCHES[row].reshape(6, 6, 4), grid)
-        np.testing.assert_allclose(result.tokens_BMD[row], expected.reshape(-1, 4), atol=1e-6)
+        expected, edges = adaptive_pool(PATCHES[row].reshape(6, 6, 4), rows or grid, grid)
+        np.testing.assert_allclose(result.tokens_BMD[row], expected, atol=1e-6)
         source, size = np.asarray(result.source_BP[row]), np.asarray(result.size_BM[row])
-        np.testing.assert_array_equal(np.bincount(source, minlength=grid**2), size)
+        np.testing.assert_array_equal(np.bincount(source, minlength=len(edges)), size)
         assert size.sum() == 36 and size.min() > 0
         for patch, slot in enumerate(source):
-            for place, (low, high) in zip(divmod(patch, 6), (edges[slot // grid], edges[slot % grid]), strict=True):
+            for place, (low, high) in zip(divmod(patch, 6), edges[slot], strict=True):
                 assert low <= place < high
         for slot, patch in enumerate(np.asarray(result.position_BM[row])):
-            for place, (low, high) in zip(divmod(patch, 6), (edges[slot // grid], edges[slot % grid]), strict=True):
+            for place, (low, high) in zip(divmod(patch, 6), edges[slot], strict=True):
                 assert place == (low + high - 1) // 2
     assert bool(result.valid_BM.all())
 
@@ -239,6 +244,8 @@ def test_impossible_grids_are_one_sentence():
     for grid in (0, 7):
         with pytest.raises(ValueError, match=rf"grid = {grid} asked of 6 x 6 patches; it must be 1 \.\. 6"):
             average_pool(PATCHES, grid=grid)
+    with pytest.raises(ValueError, match=r"rows = 7 asked of 6 x 6 patches; it must be 1 \.\. 6"):
+        average_pool(PATCHES, grid=2, rows=7)
 
 
 FEATURES = VisionFeatures(

@@ -254,6 +254,8 @@ BAD = {
     "stages.base.optim.learning_rate": (float("nan"), r"learning_rate = nan must be >= 0 and finite"),
     "stages.base.optim.warmup_steps": (2, r"warmup_steps = 2 must lie between 0 and 1"),
     "stages.base.optim.b2": (1.0, r"b2 = 1\.0 must be >= 0 and below 1"),
+    "stages.base.frame_order": ("late", r"base\.frame_order = 'late' is unknown; choose one of 'true', 'shuffled'"),
+    "rows.upper.frame_order": ("true", r"rows\.upper\.frame_order = 'true' is for .*; with 'easy_vqa' leave it at ''"),
     "stages.base.loss.kl": (1.0, r"stages\.base\.loss\.kl = 1\.0 needs a teacher"),
     "stages.base.loss.ce": (0.0, r"nothing would train"),
     "stages.voco.method.voco": (0, r"stages\.voco\.method\.voco = 0 with the VoCo mask 'voco'"),

@@ -1,6 +1,7 @@
 """Every config file: it validates, says how to run it, and what it promises is there."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -17,7 +18,11 @@ from tokzip_jax.step import partition
 from tokzip_jax.workdir import Workdir
 
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-ARGUMENTS = {"voco_llava15_7b": ("1", "2", "8"), "visionzip_tune_llava15_7b": ("192", "128", "64")}
+ARGUMENTS = {
+    "clips": ("elsewhere/run",),
+    "voco_llava15_7b": ("1", "2", "8"),
+    "visionzip_tune_llava15_7b": ("192", "128", "64"),
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -125,9 +130,37 @@ def test_published_schedules():
         full_size("visionzip_tune_llava15_7b", 65)
 
 
+def test_clips_go_on_from_the_pictures(tmp_path):
+    """The same model and words; each compressor from the picture study's, at the rate that its summary names."""
+    clips, scenes = (load_file(ROOT / "configs" / f"{name}.py") for name in ("clips", "scenes"))
+    chosen = {"upper": None, "VoCo 2": 5e-4, "average pooling 4": 1e-3}
+    (tmp_path / "eval").mkdir()
+    summary = json.dumps([{"method": name, "learning_rate": rate} for name, rate in chosen.items()])
+    (tmp_path / "eval" / "summary.json").write_text(summary)
+    cfg, pictures = clips.run_config(str(tmp_path)), scenes.run_config()
+    assert cfg.model == pictures.model and cfg.data.tokenizer == str(tmp_path / "tokenizer.json")
+    folder = f"{tmp_path}/checkpoints/"
+    assert {name: stage.init_from.removeprefix(folder) for name, stage in cfg.stages.items()} == {
+        "uncompressed": "base", "middle": "base",
+        "voco1": "voco1-lr0.002-seed0", "voco2": "voco2-lr0.0005-seed0", "voco8": "voco8-lr0.002-seed0",
+        "pooled1": "pooled1-lr0.002-seed0", "pooled2": "pooled1-lr0.002-seed0", "pooled8": "pooled4-lr0.001-seed0",
+    }  # fmt: skip
+    assert {"voco1", "voco2", "voco8", "pooled1", "pooled4"} <= set(pictures.study.stages) and "base" in pictures.stages
+    # As many tokens a frame either way, each read in both orders, after as many steps.
+    for count in (1, 2, 8):
+        found = set()
+        for name, stage in ((f"VoCo {count}", f"voco{count}"), (f"average pooling {count}", f"pooled{count}")):
+            read, shuffled = cfg.rows[name], cfg.rows[f"{name}, shuffled"]
+            assert read.method == shuffled.method == cfg.stages[stage].method and read.stage == shuffled.stage == stage
+            assert (read.frame_order, shuffled.frame_order) == ("", "shuffled")
+            found.add(read.method.voco or vlm.visual_slots(cfg.model, read.method))
+        assert found == {count}
+    assert len({stage.steps for stage in cfg.stages.values()}) == 1
+
+
 def test_full_size_configs_refuse_a_cpu_and_a_missing_checkpoint():
-    for name, arguments in ARGUMENTS.items():
-        cfg, _, stage = full_size(name, arguments[0])
+    for name in ("voco_llava15_7b", "visionzip_tune_llava15_7b"):
+        cfg, _, stage = full_size(name, ARGUMENTS[name][0])
         with pytest.raises(ValueError, match=r"platform = 'accelerator', but JAX found 8 x cpu .*--config\.platform="):
             environment.require_platform(cfg.platform)
         environment.require_platform(dataclasses.replace(cfg, platform="").platform)

@@ -349,7 +349,7 @@ def test_a_row_of_the_table_whose_questions_choose(monkeypatch):
     """Accuracy at the chosen numbers, their mean as tokens, and the costs of that mean; fillers are not counted."""
     auto = AutoConfig(ladder=(1, 2, 8), threshold=0.5)
     row = RowConfig(method=tiny.METHOD, auto=auto)
-    examples = [{"types": ["shape", "yes/no"]}, {"types": ["shape"]}]
+    examples = [{"types": ["shape", "yes/no"], "answers": ["red", "no"]}, {"types": ["shape"], "answers": ["blue"]}]
     # Three rungs, two rows and a filler, two questions: the first keeps to 1, the second needs 2, the third 8.
     change = np.array([[[0.1, 0.6], [0.7, 0.0], [0, 0]], [[0.9, 0.5], [0.6, 0.0], [0, 0]], np.zeros((3, 2))])
     right = np.array([[[1, 0], [1, 1], [1, 1]], [[0, 1], [1, 1], [1, 1]], [[0, 0], [0, 1], [1, 1]]], bool)
@@ -358,7 +358,7 @@ def test_a_row_of_the_table_whose_questions_choose(monkeypatch):
     batch |= {"example": np.array([0, 1, -1], np.int32), "question": question}
     asked = []
     monkeypatch.setattr(runner, "_scorer", lambda *settings: asked.append(settings[-1]) or (lambda *_: (right, change)))
-    monkeypatch.setattr(runner.Runner, "batches", lambda self: [batch])
+    monkeypatch.setattr(runner.Runner, "batches", lambda self, order: [batch])
     monkeypatch.setattr(runner.Runner, "load", lambda self, row: {"voco": {}})
     monkeypatch.setattr(runner.Runner, "question_tokens", 7)
     mesh = jax.make_mesh((1, 1), ("data", "model"))

@@ -50,28 +50,31 @@ def row(method="m", accuracy=0.5, **fields):
     )
 
 
-@given(st.lists(st.tuples(st.sampled_from(["shape", "color", "yes/no"]), st.booleans()), min_size=1, max_size=40))
+KINDS, ANSWERS = st.sampled_from(["shape", "color", "place"]), st.sampled_from(["red", "yes", " no"])
+
+
+@given(st.lists(st.tuples(KINDS, ANSWERS, st.booleans()), min_size=1, max_size=40))
 @settings(max_examples=40, deadline=None)
 def test_tally_equals_counting_by_hand(asked):
     tally = scoring.Tally()
-    tally.extend([name for name, _ in asked], [right for _, right in asked])
+    tally.extend(*zip(*asked))
     score = tally.score()
 
     def share(keep):
-        picked = [right for name, right in asked if keep(name)]
+        picked = [right for name, answer, right in asked if keep(name, answer)]
         return sum(picked) / len(picked) if picked else None
 
     assert score.questions == len(asked)
-    assert score.accuracy == share(lambda name: True)
-    assert score.not_yes_no == share(lambda name: name != "yes/no")
-    assert score.by_type == {t: share(lambda name, t=t: name == t) for t in sorted({name for name, _ in asked})}
+    assert score.accuracy == share(lambda name, answer: True)
+    assert score.not_yes_no == share(lambda name, answer: answer == "red")
+    assert score.by_type == {t: share(lambda name, answer, t=t: name == t) for t in sorted({a[0] for a in asked})}
 
 
 def test_tally_refuses_what_it_cannot_score():
     with pytest.raises(ValueError, match="at least one"):
         scoring.Tally().score()
     with pytest.raises(ValueError, match="zip"):
-        scoring.Tally().extend(["shape"], [True, False])
+        scoring.Tally().extend(["shape"], ["red"], [True, False])
 
 
 def test_exact_match_ignores_outer_white_space_only():

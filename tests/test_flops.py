@@ -201,6 +201,9 @@ def test_ledger_follows_the_sites():
     ours = flops.ledger(VICUNA_7B, pooled, text_tokens=64)
     assert (ours.encoder_tokens, ours.visual_tokens) == (576, 1)
     assert ours.projector_flops == 2 * 1024 * 4096 + 2 * 1024 * (24 * 24 + 24)  # and the means along either side
+    ours = flops.ledger(VICUNA_7B, dataclasses.replace(pooled, pool_grid=4, pool_rows=2), text_tokens=64)
+    assert (ours.visual_tokens, ours.read_tokens) == (8, 8)
+    assert ours.projector_flops == 8 * 2 * 1024 * 4096 + 2 * 1024 * (2 * 24 * 24 + 2 * 4 * 24)
     both = dataclasses.replace(zipped, voco=2, voco_mask="voco")
     ours = flops.ledger(VICUNA_7B, both, text_tokens=64)
     assert (ours.visual_tokens, ours.read_tokens) == (64, 2)

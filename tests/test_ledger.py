@@ -222,9 +222,9 @@ def test_table_has_the_totals_of_all_pictures(monkeypatch):
     monkeypatch.setattr(runner.Runner, "score", lambda self, *_: (score, None))
     monkeypatch.setattr(runner.Runner, "question_tokens", TEXT)
 
-    def measured(method, *examples):
+    def measured(method, *examples, order=""):
         run = runner.Runner(RunConfig(model=WIDE), None, None, None, list(examples))
-        return run.measure("row", RowConfig(method=method))
+        return run.measure("row", RowConfig(method=method, frame_order=order))
 
     clip = {"types": ["order"], "frames": 6}
     found = measured(PLAIN, clip, clip)
@@ -234,6 +234,8 @@ def test_table_has_the_totals_of_all_pictures(monkeypatch):
     found = measured(voco_2, clip)
     assert (found.visual_tokens, found.kv_bytes) == (12, 12 * KV)
     assert found.prefill_flops == flops.llm_flops(WIDE.llm, TEXT, past=12)
+    # A row may read clips (of 6 frames) in an order of its own.
+    assert [measured(PLAIN, clip, order=order).visual_tokens for order in ("middle", "shuffled")] == [64, 6 * 64]
     # An example that says nothing is one picture.
     assert measured(PLAIN, {"types": ["shape"]}).visual_tokens == 64
 

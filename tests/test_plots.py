@@ -95,7 +95,8 @@ def test_looks_put_the_strongest_red_where_the_token_looks_most(tmp_path, figure
     assert "layers 1-3 →, tokens 1-2 ↓" in figures[0].axes[-1].get_title()
     corners = [axes.get_position() for axes in maps]
     assert np.all(np.diff([box.x0 for box in corners[:3]]) > 0)  # layers from left to right
-    assert corners[3].y1 < corners[0].y0 and corners[3].x0 == corners[0].x0  # the second token below the first
+    # The second token below the first.
+    assert corners[3].y1 < corners[0].y0 and corners[3].x0 == pytest.approx(corners[0].x0)
     for number, axes in enumerate(maps):
         token, layer = divmod(number, 3)
         alpha = axes.images[1].get_array()[..., 3].reshape(-1)

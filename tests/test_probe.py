@@ -125,6 +125,20 @@ def test_the_read_out_is_ridge_regression_with_the_best_left_out_rows():
     assert float(found.accuracy_L[0]) == pytest.approx(expected)
 
 
+def test_facts_together_are_facts_one_by_one():
+    """Facts of 2 to 4 labels that share a decomposition, each with its own regularisation and baselines."""
+    features = planted(2.0)
+    labels = np.stack([LABELS, LABELS // 2, np.roll(LABELS, 1), np.minimum(LABELS, 2)], axis=1)
+    together = probe.linear_readouts(features, labels, TRAIN, TEST)
+    assert [found.chance for found in together] == [1 / 4, 1 / 2, 1 / 4, 1 / 3]
+    for fact in range(1, 4):
+        alone = probe.linear_readout(features, labels[:, fact], TRAIN, TEST)
+        np.testing.assert_array_equal(together[fact].accuracy_L, alone.accuracy_L)
+        np.testing.assert_array_equal(together[fact].l2_L, alone.l2_L)
+        assert together[fact].majority == alone.majority
+    assert len({tuple(np.asarray(found.l2_L)) for found in together}) > 1
+
+
 def test_constant_features_and_labels():
     features = planted(12.0).copy()
     features[:, :, :20] = 7.0
@@ -133,7 +147,7 @@ def test_constant_features_and_labels():
         probe.linear_readout(features, np.full(COUNT, 2), TRAIN, TEST)
     with pytest.raises(ValueError, match=r"labels must be integers >= 0, one for each of the 400 pictures"):
         probe.linear_readout(features, LABELS - 1, TRAIN, TEST)
-    with pytest.raises(ValueError, match=r"one for each of the 400 pictures; they have shape \(7,\)"):
+    with pytest.raises(ValueError, match=r"one for each of the 400 pictures; they are of 7 pictures"):
         probe.linear_readout(features, LABELS[:7], TRAIN, TEST)
 
 
@@ -178,35 +192,47 @@ def readout(accuracy, majority):
     return probe.Readout(np.array(accuracy, np.float32), np.ones(len(accuracy)), majority, 0.25, 100)
 
 
-FACTS = {"color": readout([0.3, 0.6, 0.9], 0.3), "shape": readout([0.5, 0.5, 0.7], 0.4)}
+KINDS = {"keys": readout([0.3, 0.6, 0.9], 0.3), "both": readout([0.5, 0.5, 0.7], 0.3), "pooled": readout([0.8], 0.3)}
 
 
 def test_learned_figure(tmp_path, figures):
-    numbers = probe.looks(ATTENTION, OBJECT)
+    numbers, lower = probe.looks(ATTENTION, OBJECT), probe.looks(ATTENTION[::-1], OBJECT)
     path = tmp_path / "figures" / "learned.png"
-    plots_voco.learned_figure(numbers, {"keys": FACTS, "values": FACTS}, path)
+    facts = dict.fromkeys(("color", "shape", "count", "row"), KINDS)
+    plots_voco.learned_figure(numbers, facts, path, untrained=lower)
     with Image.open(path) as picture:
         assert picture.size[0] > 1000
-    wide, alike, objects, keys, values = figures[0].axes
-    titles = [axes.get_title() for axes in (wide, keys, values)]
-    assert titles == ["patches looked at", "read from keys", "read from values"]
-    entropy = np.asarray(numbers.entropy_LBk)
-    for token, line in enumerate(wide.lines):
-        np.testing.assert_allclose(line.get_ydata(), np.exp(entropy[:, :, token]).mean(axis=1), rtol=1e-6)
-        assert list(line.get_xdata()) == [1, 2, 3] and line.get_label() == f"token {token + 1}"
-    overlap = np.asarray(numbers.overlap_LBkk)[:, :, *np.triu_indices(K, 1)].mean(axis=(1, 2))
-    np.testing.assert_allclose(alike.lines[0].get_ydata(), overlap, rtol=1e-5)
+    spent, wide, alike, objects, color, _, count, row, *hidden = figures[0].axes
+    titles = [axes.get_title() for axes in (spent, wide, color, row)]
+    assert titles == ["attention on patches, %", "patches looked at", "color", "row"]
+    assert [axes.get_visible() for axes in (count, row, *hidden)] == [True, True, False, False]
+    for axes, values, other in (
+        (spent, 100 * numbers.spent_LBk, 100 * lower.spent_LBk),
+        (wide, np.exp(numbers.entropy_LBk), np.exp(lower.entropy_LBk)),
+        (objects, 100 * numbers.object_LBk, 100 * lower.object_LBk),
+    ):
+        for token, line in enumerate(axes.lines[:K]):
+            np.testing.assert_allclose(line.get_ydata(), np.mean(values[:, :, token], axis=1), rtol=1e-6)
+            assert list(line.get_xdata()) == [1, 2, 3] and line.get_label() == f"token {token + 1}"
+        np.testing.assert_allclose(axes.lines[K].get_ydata(), np.mean(other, axis=(1, 2)), rtol=1e-6)
+    for line, each in zip(alike.lines, (numbers, lower)):
+        overlap = np.asarray(each.overlap_LBkk)[:, :, *np.triu_indices(K, 1)].mean(axis=(1, 2))
+        np.testing.assert_allclose(line.get_ydata(), overlap, rtol=1e-5)
     assert objects.lines[-1].get_ydata()[0] == pytest.approx(100 * OBJECT.mean())
-    assert list(keys.lines[0].get_ydata()) == pytest.approx([30, 60, 90]) and keys.lines[1].get_ydata()[0] == 30
-    shade = keys.patches[0].get_extents().transformed(keys.transData.inverted())
+    keys, both, pooled, majority = color.lines
+    assert list(keys.get_ydata()) == pytest.approx([30, 60, 90])
+    assert list(both.get_ydata()) == pytest.approx([50, 50, 70])
+    assert list(pooled.get_ydata()) == pytest.approx([80, 80]) and list(majority.get_ydata()) == [30, 30]
+    shade = color.patches[0].get_extents().transformed(color.transData.inverted())
     assert (shade.y0 + shade.y1) / 2 == pytest.approx(30) and shade.height == pytest.approx(400 * np.sqrt(0.21 / 100))
-    assert [text.get_text() for text in values.get_legend().get_texts()] == ["color", "shape"]
-    assert [text.get_text() for text in objects.get_legend().get_texts()] == [f"token {n}" for n in range(1, 5)]
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (objects, figures[0].axes[6])]
+    assert legends[0] == [*(f"token {n}" for n in range(1, 5)), "untrained"]
+    assert legends[1] == [*KINDS, "majority"]
 
 
 def test_learned_figure_of_one_token_without_facts(tmp_path, figures):
     plots_voco.learned_figure(probe.looks(ATTENTION[:, :, :1]), {}, tmp_path / "one.png")
-    assert [axes.get_title() for axes in figures[0].axes] == ["patches looked at"]
-    with pytest.raises(ValueError, match=r"readouts\['keys'\] holds no fact to draw"):
-        plots_voco.learned_figure(probe.looks(ATTENTION), {"keys": {}}, tmp_path / "none.png")
+    assert [axes.get_title() for axes in figures[0].axes] == ["attention on patches, %", "patches looked at"]
+    with pytest.raises(ValueError, match=r"readouts\['color'\] holds nothing that it was read from"):
+        plots_voco.learned_figure(probe.looks(ATTENTION), {"color": {}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -227,6 +227,11 @@ BAD = {
     "no factor": ({"projector": "mlp_pool"}, r"x\.factor = 0 must lie between 1 and the 4 patches of a side"),
     "mode": ({"projector": "pool_mlp", "factor": 2, "pool": "mean"}, r"x\.pool = 'mean' is unknown; choose one of 'av"),
     "order": ({"projector": "pixel_unshuffle", "unshuffle_order": "v3"}, r"x\.unshuffle_order = 'v3' is unknown"),
+    "rows": (
+        {"projector": "avgpool_linear", "pool_grid": 2, "pool_rows": 3},
+        r"x\.pool_rows = 3 must be a divisor of the 4 patches of a side",
+    ),
+    "square": ({"projector": "ldpv2", "pool_grid": 2, "pool_rows": 1}, r"x\.pool_rows = 1 is nothing that .* 'ldpv2'"),
     "level": ({"projector": "nested_pool", "level": 3}, r"level = 3 must lie between 0 and 2, for grids of side 4, 2"),
     "ldpv2": ({"projector": "ldpv2", "pool_grid": 12}, r"x\.pool_grid = 12 must lie between 1 and the 4 patches"),
     "queries": ({"projector": "mqt", "queries": 5}, r"x\.queries = 5 must lie between 1 and .*\.queries = 4"),

@@ -20,7 +20,7 @@ CFG = c.ModelConfig(
     projector=c.ProjectorConfig(queries=9, width=8, layers=4, heads=2, mlp_dim=16, text_length=5),
 )
 OPTION = {
-    "avgpool_linear": {"pool_grid": 2},
+    "avgpool_linear": {"pool_grid": 4, "pool_rows": 1},
     "pool_linear": {"factor": 3},
     "pool_mlp": {"factor": 2, "pool": "max"},
     "mlp_pool": {"factor": 3, "pool": "bilinear"},

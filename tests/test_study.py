@@ -1,16 +1,20 @@
 """A study: which trainings it makes, what it chooses, what its table says, and that it goes on where it was."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 
 import jax
+import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import config_check, recipe, sharding, study, training
-from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, ScenesConfig, StudyConfig
+from tokzip_jax import config_check, learned_run, probe, recipe, scene_facts, sharding, study, training, vlm, voco
+from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, RowConfig, ScenesConfig, StudyConfig
+from tokzip_jax.data import shapes
+from tokzip_jax.evals.runner import MODEL_INPUTS, Runner
 from tokzip_jax.metrics import read_metrics
 from tokzip_jax.study import Study, Variant, with_variant
 from tokzip_jax.workdir import Workdir
@@ -77,6 +81,30 @@ def test_variants_are_the_stage_but_for_rate_seed_and_length(tmp_path):
     assert more.rows["VoCo 1 voco-lr0.001-seed2 validation"].stage == variant.name
     assert (more.eval.split, more.eval.limit) == ("validation", 3) and set(cfg.rows) < set(more.rows)
     config_check.validate(with_variant(cfg, variant))
+
+
+def test_a_rate_is_chosen_by_rows_that_read_as_their_stage_does(tmp_path):
+    cfg = config(str(tmp_path))
+    scenes = dataclasses.replace(cfg.data.scenes, frames=3)
+    data = dataclasses.replace(cfg.data, name="clips", images=3, scenes=scenes)
+    row, auto = cfg.rows["VoCo 1"], AutoConfig(ladder=(1,))
+    orders = {"true": "true", "shuffled": "shuffled", "middle": "middle", "usual": ""}
+    rows = {name: dataclasses.replace(row, frame_order=order) for name, order in orders.items()}
+    whole = RowConfig(stage="voco")  # under another mask than the stage trains with
+    rows = {**cfg.rows, **rows, "auto": dataclasses.replace(row, auto=auto), "whole": whole}
+    cfg = dataclasses.replace(cfg, data=data, rows=rows)
+    assert config_check.deciding(cfg, "voco") == ["VoCo 1", "true", "usual"]
+    middle = dataclasses.replace(cfg.stages["voco"], frame_order="middle")
+    cfg = dataclasses.replace(cfg, stages={**cfg.stages, "voco": middle})
+    assert config_check.deciding(cfg, "voco") == ["middle"]
+    config_check.validate(cfg)
+    rows["whole"] = dataclasses.replace(whole, frame_order="middle")
+    assert config_check.deciding(cfg, "voco") == ["middle"]
+    del rows["middle"]
+    assert config_check.deciding(cfg, "voco") == ["whole"]
+    del rows["whole"]
+    with pytest.raises(ValueError, match=r"'voco', which no row .* reads in its order of frames: nothing can choose"):
+        config_check.validate(cfg)
 
 
 def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
@@ -181,6 +209,53 @@ def test_a_finished_study_trains_nothing_and_says_the_same(done, monkeypatch, ca
     assert table in evaluate.run(workdir)
     one = evaluate.run(workdir, rows=("VoCo 1",))
     assert "VoCo 1" in one and "average pooling 1" not in one
+
+
+def test_what_the_voco_tokens_of_the_first_seed_learned(done):
+    """`eval.py --learned`: without a question in the row, what the model does with one."""
+    cfg, workdir = done
+    text = evaluate.run(workdir, learned=("VoCo 1",))
+    found = json.loads((workdir.eval / "learned" / "VoCo 1.json").read_text())
+    mesh = sharding.make_mesh(cfg.mesh)
+    runner = Runner.create(Study(cfg, workdir, mesh).first(), workdir, mesh)
+    row = runner.cfg.rows["VoCo 1"]
+    assert (found["stage"], found["split"], found["pictures"]) == (row.stage, "test", 6)
+    assert row.stage.endswith("-seed0")
+
+    @functools.partial(jax.jit, out_shardings=jax.sharding.PartitionSpec())
+    def look(params, batch):
+        cache = voco.build(cfg.model, params, batch, row.method, positions="compact")
+        visual, _ = vlm.encode(cfg.model, params, batch["images"], row.method, jax.random.key(0))
+        attention = vlm.voco_attention(cfg.model, params, batch, row.method)
+        return attention, probe.features(cache, "both"), visual.tokens_BMD.mean(axis=1)[None]
+
+    params, parts = runner.load(row), []
+    scenes = [scene_facts.things(example["facts"]) for example in runner.examples]
+    with jax.set_mesh(mesh):
+        for batch in runner.batches():
+            first = (batch["example"] >= 0) & (batch["question"][:, 0] == 0)
+            given = sharding.place(mesh, {name: batch[name] for name in MODEL_INPUTS}, "data")
+            parts.append([np.asarray(x)[:, first] for x in look(params, given)])
+        seen = learned_run._see(runner, row, scenes)
+    attention, both, mean = (np.concatenate(x, axis=1) for x in zip(*parts))
+    np.testing.assert_allclose(found["looks"]["spent"], attention.sum(axis=3).mean(axis=1), rtol=1e-4)
+    share = attention / attention.sum(axis=3, keepdims=True)
+    area = probe.patch_shares(np.stack([shapes.cover(scene, 64) for scene in scenes]), 4)
+    on_things = np.einsum("LBkM,BM->Lk", share, area) / 6
+    np.testing.assert_allclose(found["looks"]["object_share"], on_things, rtol=1e-4)
+    assert found["looks"]["object_area"] == pytest.approx(float(np.mean(area)), rel=1e-5)
+    np.testing.assert_allclose(seen.features["both"], both, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(seen.features["mean patch"], mean, rtol=1e-3, atol=1e-4)
+    # The untrained tokens are others.
+    untrained = found["untrained"]
+    assert untrained["row"] == "lower" and untrained["looks"]["spent"] != found["looks"]["spent"]
+    for fact in found["facts"].values():
+        layers = [(kind, len(accuracy)) for kind, accuracy in fact["accuracy"].items()]
+        assert layers == [("keys", 2), ("values", 2), ("both", 2), ("mean patch", 1), ("both, untrained", 2)]
+        assert 0 <= fact["majority"] <= 1 and fact["tests"] in (1, 2)
+    assert found["facts"] and all(f"\n{fact} " in text for fact in found["facts"])
+    assert f"VoCo 1 (stage {row.stage})" in text and "parameters of the row 'lower'" in text
+    assert (workdir.figures / "learned_VoCo 1.png").stat().st_size > 1000
 
 
 def test_a_training_that_is_missing_is_made_again(done):

@@ -236,6 +236,7 @@ def test_encoder_site_and_projector_change_the_number_of_slots():
         (MethodConfig(encoder="uniform", tokens=5), 5),
         (MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2}), 6),
         (MethodConfig(projector="avgpool_linear", pool_grid=2), 4),
+        (MethodConfig(projector="avgpool_linear", pool_grid=4, pool_rows=2), 8),
     ):
         assert vlm.visual_slots(CFG, method) == expected
     method = MethodConfig(encoder="visionzip", tokens=6, options={"contextual": 2})

@@ -98,6 +98,7 @@ class MethodConfig:
     seed: int = 0  # random selection
     projector: str = "mlp2x_gelu"  # a name of tokzip_jax.projectors.PROJECTORS
     pool_grid: int = 0  # avgpool_linear, ldpv2: side of the pooled grid (1 = one token; LDPv2's own is 12)
+    pool_rows: int = 0  # avgpool_linear: rows of the pooled grid, pool_grid is then its columns; 0 = a square
     factor: int = 0  # pool_linear, pool_mlp, mlp_pool: patches along a side that become one token
     pool: str = "average"  # the same: "average", "max" or "bilinear"
     unshuffle_order: str = "v2"  # pixel_unshuffle: "v2" (tokens in raster order) or "v1" (column by column)
@@ -193,6 +194,7 @@ class StageConfig:
     init_from: str = ""  # "" = fresh; the name of an earlier stage, or a path of converted parameters
     seed: int = 0  # added to the run's: fresh parameters, order of the data, what is random in a step
     drawn_as: str = ""  # the stage whose name is in its random keys, so that two stages draw alike; "" = its own
+    frame_order: str = ""  # how `clips` are read: a value of data.scenes.frame_order; "" = that one
     steps: int = 1
     batch_size: int = 32  # rows a step, over all devices
     train: tuple[str, ...] = (".*",)  # path patterns of the parameters that train; the others are frozen
@@ -227,6 +229,7 @@ class RowConfig:
     stage: str = "base"  # "" = the question-only prior, which sees no picture and needs no parameters
     method: MethodConfig = MethodConfig()
     auto: AutoConfig = AutoConfig()
+    frame_order: str = ""  # how `clips` are read, as in a stage; "" = data.scenes.frame_order, whatever the stage read
     seeds: int = 1  # random selection: how many seeds are averaged
 
 

@@ -14,7 +14,7 @@ from tokzip_jax import (
     stack,
 )
 from tokzip_jax.config import DataConfig, ModelConfig, RunConfig, StageConfig
-from tokzip_jax.data import anyres, shapes
+from tokzip_jax.data import anyres, clips, shapes
 from tokzip_jax.require import at_least, one_of, require, within
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +42,7 @@ def validate(cfg: RunConfig) -> None:
         _stage(f"stages.{name}", stage, cfg)
     for name, row in cfg.rows.items():
         at_least(f"rows.{name}.seeds", row.seeds, 1)
+        _frame_order(f"rows.{name}.frame_order", row.frame_order, cfg.data)
         if not row.stage:  # the question-only prior: no parameters, no pictures
             continue
         one_of(f"rows.{name}.stage", row.stage, sorted(cfg.stages))
@@ -81,6 +82,18 @@ def stage_order(cfg: RunConfig) -> list[str]:
         order.extend(ready)
         sorter.done(*ready)
     return order
+
+
+def deciding(cfg: RunConfig, stage: str) -> list[str]:
+    """The rows that a study chooses a stage's learning rate by: of a fixed number of tokens, frames read as it does.
+
+    Where there are such, those under the mask that it trains with.
+    """
+    trained, usual = cfg.stages[stage], cfg.data.scenes.frame_order
+    order = trained.frame_order or usual
+    fixed = {name: row for name, row in cfg.rows.items() if row.stage == stage and not row.auto.ladder}
+    alike = {name: row for name, row in fixed.items() if (row.frame_order or usual) == order}
+    return [name for name, row in alike.items() if row.method.voco_mask == trained.method.voco_mask] or list(alike)
 
 
 def _model(model: ModelConfig) -> None:
@@ -149,7 +162,7 @@ def _scenes(data: DataConfig) -> None:
     """Settings of the drawn data sets; checked whichever data set is read, since a typing error is one anyway."""
     scenes, frames = data.scenes, data.scenes.frames
     one_of("data.scenes.difficulty", scenes.difficulty, list(shapes.LEVELS))
-    one_of("data.scenes.frame_order", scenes.frame_order, ("true", "shuffled", "middle"))
+    one_of("data.scenes.frame_order", scenes.frame_order, clips.ORDERS)
     one_of("data.scenes.captions", scenes.captions, ("full", "partial"))
     within("data.scenes.size", scenes.size, 32, 1024)  # below, shapes cannot be told apart
     within("data.scenes.frames", frames, 3, 32)
@@ -162,8 +175,21 @@ def _scenes(data: DataConfig) -> None:
     )
 
 
+def _frame_order(key: str, order: str, data: DataConfig) -> None:
+    """How a stage or a row reads clips."""
+    if not order:
+        return
+    one_of(key, order, clips.ORDERS)
+    require(
+        data.name == "clips",
+        f"{key} = {order!r} is for the frames of data.name = 'clips'; with {data.name!r} leave it at ''",
+    )
+    _scenes(clips.reading(data, order))
+
+
 def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
     loss, optim = stage.loss, stage.optim
+    _frame_order(f"{key}.frame_order", stage.frame_order, cfg.data)
     for name in ("steps", "batch_size"):
         at_least(f"{key}.{name}", getattr(stage, name), 1)
     one_of(f"{key}.optim.method", optim.method, ("adamw", "muon"))
@@ -246,9 +272,9 @@ def _study(cfg: RunConfig) -> None:
             "take it out of study.stages, or begin from another stage",
         )
         require(
-            any(row.stage == name and not row.auto.ladder for row in cfg.rows.values()),
-            f"study.stages holds {name!r}, which no row with a fixed number of tokens reads: nothing can choose "
-            "its learning rate; add such a row",
+            bool(deciding(cfg, name)),
+            f"study.stages holds {name!r}, which no row with a fixed number of tokens reads in its order of frames: "
+            "nothing can choose its learning rate; add such a row",
         )
     require(
         not study.stages or len(study.learning_rates) < 2 or study.split != cfg.eval.split,

@@ -16,6 +16,7 @@ from tokzip_jax.voco import VocoCache
 
 OVERLAPS = ("cosine", "intersection")
 FEATURES = ("keys", "values", "both")
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the regularisation
 
 
 @jax.tree_util.register_dataclass
@@ -139,73 +140,88 @@ def split(count: int, test_share: float = 0.25, seed: int = 0) -> tuple[np.ndarr
 
 
 def linear_readout(
-    features_LBF: Array,
-    labels_B: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    *,
-    l2: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2),
+    features_LBF: Array, labels_B: np.ndarray, train: np.ndarray, test: np.ndarray, *, l2: Sequence[float] = STRENGTHS
 ) -> Readout:
-    """Ridge regression from features to one label of several, and how often its largest output is right.
+    """`linear_readouts` of one fact, whose labels are [B]."""
+    return linear_readouts(features_LBF, np.asarray(labels_B)[:, None], train, test, l2=l2)[0]
+
+
+def linear_readouts(
+    features_LBF: Array, labels_BQ: np.ndarray, train: np.ndarray, test: np.ndarray, *, l2: Sequence[float] = STRENGTHS
+) -> list[Readout]:
+    """Ridge regression from features to one label of several, and how often its largest output is right, fact by fact.
 
     Features are standardised and labels are one-hot. The solution is closed: one singular value decomposition a layer
-    gives it for every regularisation, and the one that is best at leaving out each fitted picture in turn is taken
-    (that too in closed form, residual / (1 - leverage); the strongest on a tie). The test pictures decide nothing.
+    gives it for every fact and regularisation, and the one that is best at leaving out each fitted picture in turn is
+    taken for each fact (that too in closed form, residual / (1 - leverage); the strongest on a tie). The test pictures
+    decide nothing.
 
     Args:
         features_LBF: of B pictures, see `features`.
-        labels_B: integers 0 .. C - 1.
+        labels_BQ: integers 0 .. C - 1 of Q facts, each with a C of its own.
         train, test: indices of pictures, see `split`.
         l2: regularisations to choose from, per picture and for features of variance 1.
 
     Raises:
         ValueError: labels that are negative or of other pictures, or a fact that is the same in all pictures.
     """
-    labels = np.asarray(labels_B)
-    if labels.shape != features_LBF.shape[1:2] or labels.min() < 0:
+    labels = np.asarray(labels_BQ)
+    if labels.shape[:1] != features_LBF.shape[1:2] or labels.min() < 0:
         raise ValueError(
-            f"labels must be integers >= 0, one for each of the {features_LBF.shape[1]} pictures; they have shape "
-            f"{labels.shape} and begin at {labels.min()}"
+            f"labels must be integers >= 0, one for each of the {features_LBF.shape[1]} pictures; they are of "
+            f"{len(labels)} pictures and begin at {labels.min()}"
         )
-    classes = int(labels.max()) + 1
-    if len(np.unique(labels)) < 2:
-        raise ValueError(f"all pictures have the label {labels[0]}: there is nothing to read out")
+    for column in labels.T:
+        if len(np.unique(column)) < 2:
+            raise ValueError(f"all pictures have the label {column[0]}: there is nothing to read out")
+    classes = labels.max(axis=0) + 1
     strongest_first = jnp.asarray(sorted(l2, reverse=True), jnp.float32)
-    accuracy, chosen = _readout(
-        features_LBF[:, train], features_LBF[:, test], labels[train], labels[test], strongest_first, classes
+    train_QN, test_QX = labels[train].T, labels[test].T
+    accuracy_LQ, l2_LQ = _readout(
+        features_LBF[:, train], features_LBF[:, test], train_QN, test_QX, strongest_first, int(classes.max())
     )
-    most = np.argmax(np.bincount(labels[train], minlength=classes))
-    return Readout(accuracy, chosen, float(np.mean(labels[test] == most)), 1 / classes, len(test))
+    found = []
+    for fact in range(labels.shape[1]):
+        most = np.argmax(np.bincount(train_QN[fact]))
+        majority = float(np.mean(test_QX[fact] == most))
+        found.append(Readout(accuracy_LQ[:, fact], l2_LQ[:, fact], majority, 1 / int(classes[fact]), len(test)))
+    return found
 
 
 def _one_layer(
-    train_NF: Array, test_XF: Array, label_N: Array, label_X: Array, l2: Array, classes: int
+    train_NF: Array, test_XF: Array, label_QN: Array, label_QX: Array, l2: Array, classes: int
 ) -> tuple[Array, Array]:
     mean, std = jnp.mean(train_NF, axis=0), jnp.std(train_NF, axis=0)
     # A feature that never changes says nothing, and has no scale to divide by.
     scale = jnp.where(std > 1e-6 * jnp.maximum(jnp.max(std), 1e-30), 1 / jnp.maximum(std, 1e-30), 0)
-    target = jax.nn.one_hot(label_N, classes)
-    usual = jnp.mean(target, axis=0)
     rows = train_NF.shape[0]
     u, s, vt = jnp.linalg.svd((train_NF - mean) * scale, full_matrices=False)
-    spread = u.T @ (target - usual)
+    test_XR = (test_XF - mean) * scale @ vt.T
 
-    def leave_one_out(strength: Array) -> Array:
-        shrunk = s * s / (s * s + strength * rows)
-        fit = u @ (shrunk[:, None] * spread)
-        leverage = jnp.sum(u * u * shrunk, axis=1) + 1 / rows
-        residual = (target - usual - fit) / jnp.maximum(1 - leverage, 1e-6)[:, None]
-        return jnp.mean(jnp.argmax(target - residual, axis=1) == label_N)
+    def one_fact(label_N: Array, label_X: Array) -> tuple[Array, Array]:
+        # A fact with fewer labels than `classes` has columns of zeros, and no output there is ever the largest: the
+        # outputs of its own labels sum to 1.
+        target = jax.nn.one_hot(label_N, classes)
+        usual = jnp.mean(target, axis=0)
+        spread = u.T @ (target - usual)
 
-    strength = l2[jnp.argmax(jax.vmap(leave_one_out)(l2))]
-    weights = vt.T @ ((s / (s * s + strength * rows))[:, None] * spread)
-    guess = jnp.argmax((test_XF - mean) * scale @ weights + usual, axis=1)
-    return jnp.mean(guess == label_X, dtype=jnp.float32), strength
+        def leave_one_out(strength: Array) -> Array:
+            shrunk = s * s / (s * s + strength * rows)
+            fit = u @ (shrunk[:, None] * spread)
+            leverage = jnp.sum(u * u * shrunk, axis=1) + 1 / rows
+            residual = (target - usual - fit) / jnp.maximum(1 - leverage, 1e-6)[:, None]
+            return jnp.mean(jnp.argmax(target - residual, axis=1) == label_N)
+
+        strength = l2[jnp.argmax(jax.vmap(leave_one_out)(l2))]
+        guess = jnp.argmax(test_XR @ ((s / (s * s + strength * rows))[:, None] * spread) + usual, axis=1)
+        return jnp.mean(guess == label_X, dtype=jnp.float32), strength
+
+    return jax.vmap(one_fact)(label_QN, label_QX)
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def _readout(
-    train_LNF: Array, test_LXF: Array, label_N: Array, label_X: Array, l2: Array, classes: int
+    train_LNF: Array, test_LXF: Array, label_QN: Array, label_QX: Array, l2: Array, classes: int
 ) -> tuple[Array, Array]:
-    """Accuracy on the test rows and chosen regularisation of each layer, one layer after the other."""
-    return jax.lax.map(lambda layer: _one_layer(*layer, label_N, label_X, l2, classes), (train_LNF, test_LXF))
+    """[L, Q] accuracy on the test rows and chosen regularisation, one layer after the other."""
+    return jax.lax.map(lambda layer: _one_layer(*layer, label_QN, label_QX, l2, classes), (train_LNF, test_LXF))

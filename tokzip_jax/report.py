@@ -91,6 +91,8 @@ def _columns(runner: Runner, batch: dict[str, np.ndarray]) -> list:
     cfg = runner.cfg
     inputs = sharding.place(runner.mesh, {name: batch[name] for name in MODEL_INPUTS if name in batch})
     names = [*cfg.eval.order, *(name for name in cfg.rows if name not in cfg.eval.order)]
+    # Rows that read the frames of clips in another order have not seen the pictures that are drawn.
+    names = [name for name in names if cfg.rows[name].frame_order in ("", cfg.data.scenes.frame_order)]
     columns = []
     for name in names:
         row = cfg.rows[name]

@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from tokzip_jax import recipe, sharding
 from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import RowConfig, RunConfig, StageConfig
-from tokzip_jax.config_check import stage_order
-from tokzip_jax.data import pipeline
+from tokzip_jax.config_check import deciding, stage_order
+from tokzip_jax.data import clips, pipeline
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.metrics import say
@@ -225,10 +225,12 @@ class Study:
     def validated(self, variant: Variant) -> float:
         """Mean accuracy of a variant's rows on the validation split.
 
-        Rows that choose their number of tokens follow from the others, and are left out.
+        Left out are rows that choose their number of tokens, which follow from the others, and rows that are read in
+        another way than the stage trained: what a training did to the model that reads all tokens is not what it was
+        for, and shuffled frames say nothing of how well it has learned.
         """
         study = self.cfg.study
-        names = [name for name, row in self._rows_of(variant.stage) if not row.auto.ladder]
+        names = deciding(self.cfg, variant.stage)
         scores = [self.measured(name, variant, study.split, study.limit).accuracy for name in names]
         return math.fsum(scores) / len(scores)
 
@@ -336,7 +338,7 @@ class _Timed:
         self._stage = recipe.prepare(cfg, name, mesh, study.workdir)
         share, shares = sharding.data_share(mesh)
         data = pipeline.train_iterator(
-            cfg.data,
+            clips.reading(cfg.data, self._stage.cfg.frame_order),
             study.workdir.load_tokenizer(cfg.data),
             image_size=cfg.model.vit.image_size,
             batch_size=self._stage.cfg.batch_size // shares,

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from tokzip_jax import entry, environment, recipe, sharding
 from tokzip_jax.checkpoint import Checkpointer
 from tokzip_jax.config import RunConfig
-from tokzip_jax.data import pipeline
+from tokzip_jax.data import clips, pipeline
 from tokzip_jax.metrics import MetricWriter, Pending, Progress, say
 from tokzip_jax.study import Study
 from tokzip_jax.workdir import Workdir
@@ -24,7 +24,7 @@ def train_stage(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir, writer:
     steps = stage.cfg.steps
     share, shares = sharding.data_share(mesh)
     data = pipeline.train_iterator(
-        cfg.data,
+        clips.reading(cfg.data, stage.cfg.frame_order),
         workdir.load_tokenizer(cfg.data),
         image_size=cfg.model.vit.image_size,
         batch_size=stage.cfg.batch_size // shares,

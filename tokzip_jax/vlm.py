@@ -284,13 +284,21 @@ def forward(
     return Forward(hidden_BTD=hidden, layout=slots, visual=visual, summary_BD=pooled)
 
 
-def voco_attention(cfg: ModelConfig, params: Params, batch: dict[str, Array], method: MethodConfig) -> Array:
+def voco_attention(
+    cfg: ModelConfig,
+    params: Params,
+    batch: dict[str, Array],
+    method: MethodConfig,
+    *,
+    visual: VisualTokens | None = None,
+) -> Array:
     """Where each VoCo token of a row's first image looks: [L, B, k, M] float32, mean over heads.
 
     M are the visual tokens of that image; what a VoCo token spends on the prefix and on other VoCo tokens is left out.
+    With `visual`, what `encode` gave for the pictures, no picture is read.
     """
     key = jax.random.key(method.seed)
-    x, slots, visual, _ = embed(cfg, params, batch, method, voco_count=method.voco, key=key)
+    x, slots, visual, _ = embed(cfg, params, batch, method, voco_count=method.voco, key=key, visual=visual)
     kind, segment = slots.stream.kind, slots.stream.segment
     first = jnp.argsort(~((kind == VOCO) & (segment == 1)), axis=1, stable=True)[:, : method.voco]
     patches = jnp.argsort(~((kind == VISION) & (segment == 1)), axis=1, stable=True)[:, : visual.valid_BM.shape[1]]

@@ -27,7 +27,7 @@ from tokzip_jax import generate, layers, llm, vlm
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig
 from tokzip_jax.layout import text_stream
 from tokzip_jax.masks import TABLES, rule
-from tokzip_jax.types import PAD, PREFIX, TEXT, VOCO, Array, Params, TokenStream
+from tokzip_jax.types import PAD, PREFIX, TEXT, VOCO, Array, Params, TokenStream, VisualTokens
 
 POLICIES = ("original", "compact")
 FORMAT = "tokzip_jax voco cache 2"
@@ -74,6 +74,7 @@ def build(
     positions: str = "original",
     voco_count: Array | int | None = None,
     back: Array | None = None,
+    visual: VisualTokens | None = None,
 ) -> VocoCache:
     """Stage one: pictures to their VoCo cache.
 
@@ -85,6 +86,7 @@ def build(
         voco_count: VoCo tokens in use; None = all slots.
         back: [B], how much further back than usual the tokens before the first picture stand: what lies between them
             and a later frame of a video.
+        visual: what `vlm.encode` gave for the pictures, which are not read then.
 
     Raises:
         ValueError: a mask that would have to keep the vision tokens, no VoCo slots, a method that reads the
@@ -108,7 +110,8 @@ def build(
     if not isinstance(sample, jax.core.Tracer) and np.asarray(sample).max() > 1:
         raise ValueError("a row holds several samples (batch['sample'] > 1): two-stage inference reads one a row")
     count = method.voco if voco_count is None else voco_count
-    x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=jax.random.key(method.seed))
+    key = jax.random.key(method.seed)
+    x, slots, _, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=key, visual=visual)
     stream = _without_text(slots.stream)
     if back is not None:
         ahead = (stream.kind == PREFIX) & (stream.segment == 0)

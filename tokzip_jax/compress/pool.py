@@ -11,6 +11,7 @@ from tokzip_jax.compress import ops
 from tokzip_jax.types import Array, VisualTokens
 
 MODES = ("average", "max", "bilinear")
+Side = tuple[np.ndarray, np.ndarray]  # what holds along one side of a grid, see `on_grid`
 
 
 def check_square(name: str, patches: int) -> int:
@@ -25,15 +26,16 @@ def check_square(name: str, patches: int) -> int:
     return side
 
 
-def check_grid(patches: int, grid: int) -> int:
+def check_grid(patches: int, grid: int, rows: int) -> int:
     """The side of the square patch grid.
 
     Raises:
-        ValueError: the patches are no square, or `grid` is not 1 .. side.
+        ValueError: the patches are no square, or `grid` or `rows` is not 1 .. side.
     """
     side = check_square("average_pool", patches)
-    if not 1 <= grid <= side:
-        raise ValueError(f"average_pool: grid = {grid} asked of {side} x {side} patches; it must be 1 .. {side}")
+    for name, count in (("grid", grid), ("rows", rows)):
+        if not 1 <= count <= side:
+            raise ValueError(f"average_pool: {name} = {count} asked of {side} x {side} patches; it must be 1 .. {side}")
     return side
 
 
@@ -71,36 +73,38 @@ def placed(tokens_BMD: Array, position_M: np.ndarray, source_P: np.ndarray) -> V
     )
 
 
-def on_grid(place_G: np.ndarray, of_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position [G*G] and source [S*S] of a square grid out of what holds along one side.
+def on_grid(down: Side, across: Side) -> tuple[np.ndarray, np.ndarray]:
+    """Position [F*G] and source [S*S] of a grid of F rows and G columns out of what holds along its two sides.
 
     Args:
-        place_G: the place, 0 .. S-1, that each of G tokens along a side stands for.
-        of_S: the token, 0 .. G-1, that each of S places along a side went to, or -1.
+        down, across: of the rows and of the columns: the place, 0 .. S-1, that each token along that side stands for,
+            and the token that each of S places along it went to, or -1.
     """
-    side, grid = len(of_S), len(place_G)
-    position = (place_G[:, None] * side + place_G[None, :]).ravel()
-    kept = (of_S[:, None] >= 0) & (of_S[None, :] >= 0)
-    return position, np.where(kept, of_S[:, None] * grid + of_S[None, :], -1).ravel()
+    (place_F, row_S), (place_G, column_S) = down, across
+    position = (place_F[:, None] * len(column_S) + place_G[None, :]).ravel()
+    kept = (row_S[:, None] >= 0) & (column_S[None, :] >= 0)
+    return position, np.where(kept, row_S[:, None] * len(place_G) + column_S[None, :], -1).ravel()
 
 
-def weighted(rows_GS: Array, picture_BSSD: Array) -> Array:
-    """Weighted sums along both sides, [B, S, S, D] with [G, S] -> [B, G*G, D] float32."""
+def weighted(rows_FS: Array, columns_GS: Array, picture_BSSD: Array) -> Array:
+    """Weighted sums along both sides, [B, S, S, D] with [F, S] and [G, S] -> [B, F*G, D] float32."""
     batch, _, _, width = picture_BSSD.shape
-    half = jnp.einsum("gh,Bhwd->Bgwd", rows_GS, picture_BSSD.astype(jnp.float32), precision=ops.EXACT)
-    return jnp.einsum("fw,Bgwd->Bgfd", rows_GS, half, precision=ops.EXACT).reshape(batch, -1, width)
+    half = jnp.einsum("fh,Bhwd->Bfwd", rows_FS, picture_BSSD.astype(jnp.float32), precision=ops.EXACT)
+    return jnp.einsum("gw,Bfwd->Bfgd", columns_GS, half, precision=ops.EXACT).reshape(batch, -1, width)
 
 
-@functools.partial(jax.jit, static_argnames="grid")
-def average_pool(patches_BPD: Array, *, grid: int) -> VisualTokens:
-    """Adaptive average pooling of the square patch grid (AdaptiveAvgPool2d) to grid x grid tokens.
+@functools.partial(jax.jit, static_argnames=("grid", "rows"))
+def average_pool(patches_BPD: Array, *, grid: int, rows: int = 0) -> VisualTokens:
+    """Adaptive average pooling of the square patch grid (AdaptiveAvgPool2d) to rows x grid tokens.
 
     Args:
         patches_BPD: [B, P, D] in raster order, P a square number.
-        grid: side of the result, 1 .. sqrt(P). 1 with a linear layer behind is a baseline of VoCo-LLaMA's Table 1.
+        grid: columns of the result, 1 .. sqrt(P); by 1 row, with a linear layer behind, it is a baseline of
+            VoCo-LLaMA's Table 1.
+        rows: rows of the result, likewise; 0 = as many as columns.
 
     Returns:
-        `VisualTokens` with M = grid * grid in raster order, averaged in float32, in the patches' dtype. The position
+        `VisualTokens` with M = rows * grid in raster order, averaged in float32, in the patches' dtype. The position
         is the patch in the middle of the bin (the upper left one of four). Where bins overlap, a patch is averaged
         into several tokens but its `source` is one of them, and `size` counts sources: sizes always sum to P.
 
@@ -108,10 +112,16 @@ def average_pool(patches_BPD: Array, *, grid: int) -> VisualTokens:
         ValueError: P is not a square number, or the grid is impossible.
     """
     batch, patches, width = patches_BPD.shape
-    side = check_grid(patches, grid)
-    tokens = weighted(jnp.asarray(means(side, grid)), patches_BPD.reshape(batch, side, side, width))
-    first, last = bins(side, grid)
-    position, source = on_grid((first + last) // 2, np.arange(side) * grid // side)
+    rows = rows or grid
+    side = check_grid(patches, grid, rows)
+    picture = patches_BPD.reshape(batch, side, side, width)
+    tokens = weighted(jnp.asarray(means(side, rows)), jnp.asarray(means(side, grid)), picture)
+
+    def along(count: int) -> Side:
+        first, last = bins(side, count)
+        return (first + last) // 2, np.arange(side) * count // side
+
+    position, source = on_grid(along(rows), along(grid))
     return placed(tokens.astype(patches_BPD.dtype), position, source)
 
 
@@ -165,7 +175,7 @@ def stride_pool(patches_BPD: Array, *, factor: int, mode: str = "average") -> Vi
     places = np.arange(side)
     if mode == "bilinear":
         at, weights = bilinear_samples(side, grid)
-        tokens = weighted(jnp.asarray(weights), picture)
+        tokens = weighted(jnp.asarray(weights), jnp.asarray(weights), picture)
         middle, of = np.ceil(at - 0.5).astype(int), (2 * places + 1) * grid // (2 * side)
     else:
         covered = grid * factor
@@ -174,7 +184,7 @@ def stride_pool(patches_BPD: Array, *, factor: int, mode: str = "average") -> Vi
         tokens = jnp.mean(windows.astype(jnp.float32), (2, 4)) if average else jnp.max(windows, (2, 4))
         middle = np.arange(grid) * factor + (factor - 1) // 2
         of = np.where(places < covered, places // factor, -1)
-    position, source = on_grid(middle, of)
+    position, source = on_grid((middle, of), (middle, of))
     return placed(tokens.reshape(batch, grid * grid, width).astype(patches_BPD.dtype), position, source)
 
 

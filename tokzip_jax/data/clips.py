@@ -10,6 +10,8 @@ likely as the same clip backwards, colours and background included, so the frame
   order can then be answered no better than by a guess between two answers (see `clip_questions`); direction likewise;
 * "middle": the middle frame alone, frame `frames // 2`.
 
+Stages and rows of a run may each read in an order of their own (`reading`).
+
 Facts: JSON, a list of {"shape", "color", "size", "depth", "first", "path"}, see `actors.Actor`, always in true time.
 "order" says which frames a reader gets. The caption is that of the frame that comes first, in the form of `scenes`; the
 contrastive stage looks at the first picture of a row. It has at most twice as many tokens as the `difficulty` allows
@@ -17,6 +19,7 @@ actors: 8 (easy), 12 (medium) or 14 (hard). Question types are "order", "directi
 about a fifth of them.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from tokzip_jax.data.asking import ask
 from tokzip_jax.data.clip_questions import templates
 from tokzip_jax.data.scenes import some
 
+ORDERS = ("true", "shuffled", "middle")
 STREAM, SHUFFLE = 2, 3  # of the random numbers: of the clips, and of the orders in which "shuffled" reads them
 
 
@@ -70,6 +74,24 @@ def load(cfg: DataConfig, split: str) -> ClipSource:
     return ClipSource(encoded, texts)
 
 
+def reading(cfg: DataConfig, order: str) -> DataConfig:
+    """The data as a stage or a row reads it, with no more places for pictures than that takes.
+
+    Args:
+        cfg: of the run.
+        order: one of `ORDERS`, or "" for what `cfg.scenes.frame_order` says; the questions are the same in all.
+    """
+    if not order:
+        return cfg
+    images = 1 if order == "middle" else cfg.images
+    return dataclasses.replace(cfg, images=images, scenes=dataclasses.replace(cfg.scenes, frame_order=order))
+
+
+def frames(settings: ScenesConfig) -> int:
+    """How many frames of each clip a reader gets."""
+    return 1 if settings.frame_order == "middle" else settings.frames
+
+
 def frame_order(settings: ScenesConfig, split: str, index: int) -> list[int]:
     """Which frames a reader of example `index` gets, and in which order.
 
@@ -83,9 +105,8 @@ def frame_order(settings: ScenesConfig, split: str, index: int) -> list[int]:
     if settings.frame_order == "shuffled":
         rng = shapes.generator(settings.seed, SHUFFLE, drawn.SPLITS.index(split), index)
         return rng.permutation(settings.frames).tolist()
-    raise ValueError(
-        f"data.scenes.frame_order = {settings.frame_order!r} is unknown; choose one of 'true', 'shuffled', 'middle'"
-    )
+    choices = ", ".join(map(repr, ORDERS))
+    raise ValueError(f"data.scenes.frame_order = {settings.frame_order!r} is unknown; choose one of {choices}")
 
 
 def example(settings: ScenesConfig, split: str, index: int) -> dict[str, Any]:

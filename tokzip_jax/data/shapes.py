@@ -215,6 +215,15 @@ def draw(things: Sequence[Thing], paints: Sequence[tuple[int, int, int]], backgr
     return np.asarray(canvas.reduce(DETAIL))
 
 
+def cover(things: Sequence[Thing], side: int) -> np.ndarray:
+    """How much of each pixel of a picture things cover: float32 [side, side], 0 to 1."""
+    canvas = Image.new("L", (side * DETAIL, side * DETAIL))
+    pen = ImageDraw.Draw(canvas)
+    for thing in things:
+        pen.polygon(_corners(thing, side * DETAIL), fill=255)
+    return np.asarray(canvas.reduce(DETAIL), np.float32) / 255
+
+
 def _corners(thing: Thing, side: int) -> list[tuple[float, float]]:
     """The outline in pixels of a picture of `side`; the centre of pixel 0 is at 0."""
     points = (OUTLINES[thing.shape] * (thing.size / 2) + (thing.x, thing.y)) * side - 0.5

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tokzip_jax import config_io, elastic, flops, lora, recipe, sharding, step
 from tokzip_jax.checkpoint import absent, finished, load_params
 from tokzip_jax.config import AutoConfig, MethodConfig, ModelConfig, RowConfig, RunConfig
-from tokzip_jax.data import pipeline, sources
+from tokzip_jax.data import clips, pipeline, sources
 from tokzip_jax.evals import scoring, table
 from tokzip_jax.metrics import say
 from tokzip_jax.paths import flatten
@@ -81,7 +81,7 @@ class Runner:
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return round(np.mean([len(line.ids) for line in encoded]))
 
-    def pictures(self, method: MethodConfig) -> dict[str, float]:
+    def pictures(self, row: RowConfig) -> dict[str, float]:
         """What the ledger has to know of the rows' pictures, means over the questions of the split: "images", and
         "stitched" tokens where tiles are put together."""
 
@@ -89,9 +89,11 @@ class Runner:
             found = float(np.average(values, weights=[len(example["types"]) for example in self.examples]))
             return int(found) if found.is_integer() else found
 
+        if row.frame_order:
+            return {"images": clips.frames(clips.reading(self.cfg.data, row.frame_order).scenes)}
         counts = {"images": mean([example.get("frames", 1) for example in self.examples])}
-        if method.packing != "tiles":
-            tokens = [flops.stitched_tokens(self.cfg.model, method, example["tiles"]) for example in self.examples]
+        if row.method.packing != "tiles":
+            tokens = [flops.stitched_tokens(self.cfg.model, row.method, example["tiles"]) for example in self.examples]
             counts["stitched"] = mean(tokens)
         return counts
 
@@ -117,11 +119,11 @@ class Runner:
         # What a jitted function only passes on is not copied.
         return jax.jit(functools.partial(lora.attach, cfg=deltas))(params) if "lora" in params else params
 
-    def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """The eval rows."""
+    def batches(self, order: str = "") -> Iterator[dict[str, np.ndarray]]:
+        """The eval rows; `order` as in `clips.reading`."""
         cfg = self.cfg
         return pipeline.eval_batches(
-            cfg.data,
+            clips.reading(cfg.data, order),
             self.tokenizer,
             split=cfg.eval.split,
             image_size=cfg.model.vit.image_size,
@@ -130,9 +132,9 @@ class Runner:
         )
 
     def score(
-        self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED
+        self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED, order: str = ""
     ) -> tuple[scoring.Score, float | None]:
-        """Accuracy of one method with one set of parameters on the whole split.
+        """Accuracy of one method with one set of parameters on the whole split; `order` as in `clips.reading`.
 
         With a ladder in `auto` every question picks its number of VoCo tokens, and their mean is returned too.
         """
@@ -143,7 +145,7 @@ class Runner:
         static_auto = dataclasses.replace(auto, threshold=0.0)  # the choice is made out here
         key = jax.random.key(seed)
         tally, counts = scoring.Tally(), []
-        for batch in self.batches():
+        for batch in self.batches(order):
             # Every host holds the same rows; each device takes its part.
             inputs = {name: batch[name] for name in (*MODEL_INPUTS, "example") if name in batch}
             inputs = sharding.place(self.mesh, inputs, "data")
@@ -155,7 +157,9 @@ class Runner:
             for row, example in enumerate(batch["example"]):
                 for thread, question in enumerate(batch["question"][row]):
                     if example >= 0 and question >= 0:
-                        tally.add(self.examples[example]["types"][question], bool(right[row, thread]))
+                        asked = self.examples[example]
+                        kind, answer = asked["types"][question], asked["answers"][question]
+                        tally.add(kind, answer, bool(right[row, thread]))
                         counts += [] if chosen is None else [int(chosen[row, thread])]
         return tally.score(), float(np.mean(counts)) if counts else None
 
@@ -172,8 +176,8 @@ class Runner:
         params = self.load(row)
         results = []
         for seed in range(row.method.seed, row.method.seed + row.seeds):
-            score, read = self.score(params, row.method, seed, row.auto)
-            rows = {"text_tokens": self.question_tokens, **self.pictures(row.method)}
+            score, read = self.score(params, row.method, seed, row.auto, row.frame_order)
+            rows = {"text_tokens": self.question_tokens, **self.pictures(row)}
             costs = flops.ledger(self.cfg.model, row.method, read_voco=read, **rows)
             results.append(dataclasses.replace(_result(name, costs, score), note=_note(row.auto)))
         return table.mean_over_seeds(results)

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-YES_NO = "yes/no"  # the question type that is left out of `not_yes_no`
+YES_NO = ("yes", "no")  # answers to questions that are left out of `not_yes_no`, whatever their type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Score:
     Attributes:
         accuracy: over all questions.
         by_type: over the questions of each type, types in alphabetical order.
-        not_yes_no: over the questions that are not of type `YES_NO`; None where there are none.
+        not_yes_no: over the questions whose right answer is none of `YES_NO`; None where there are none.
         questions: how many questions were counted.
     """
 
@@ -29,32 +29,36 @@ class Score:
 
 
 class Tally:
-    """Counts right answers by question type.
+    """Counts right answers by question type, and by whether the answer is yes or no.
 
     >>> tally = Tally()
-    >>> tally.add("yes/no", True)
-    >>> tally.add("shape", False)
+    >>> tally.add("place", "yes", True)
+    >>> tally.add("place", "left", False)
     >>> tally.score().accuracy
     0.5
+    >>> tally.score().not_yes_no
+    0.0
     """
 
     def __init__(self) -> None:
-        self._right: collections.Counter[str] = collections.Counter()
-        self._asked: collections.Counter[str] = collections.Counter()
+        # By (type, whether the right answer is one of `YES_NO`).
+        self._right: collections.Counter[tuple[str, bool]] = collections.Counter()
+        self._asked: collections.Counter[tuple[str, bool]] = collections.Counter()
 
-    def add(self, question_type: str, correct: bool) -> None:
-        """Count one question."""
-        self._asked[question_type] += 1
-        self._right[question_type] += bool(correct)
+    def add(self, question_type: str, answer: str, correct: bool) -> None:
+        """Count one question; `answer` is the right one."""
+        key = question_type, answer.strip() in YES_NO
+        self._asked[key] += 1
+        self._right[key] += bool(correct)
 
-    def extend(self, question_types: Sequence[str], correct: Sequence[bool]) -> None:
+    def extend(self, question_types: Sequence[str], answers: Sequence[str], correct: Sequence[bool]) -> None:
         """Count several questions.
 
         Raises:
-            ValueError: the two sequences differ in length.
+            ValueError: the sequences differ in length.
         """
-        for question_type, right in zip(question_types, correct, strict=True):
-            self.add(question_type, right)
+        for question_type, answer, right in zip(question_types, answers, correct, strict=True):
+            self.add(question_type, answer, right)
 
     def score(self) -> Score:
         """Accuracies of what was counted so far.
@@ -64,17 +68,17 @@ class Tally:
         """
         if not self._asked:
             raise ValueError("no question was scored; an accuracy needs at least one")
-        types = sorted(self._asked)
+        keys = sorted(self._asked)
         return Score(
-            accuracy=self._share(types),
-            by_type={name: self._share([name]) for name in types},
-            not_yes_no=self._share([name for name in types if name != YES_NO]),
+            accuracy=self._share(keys),
+            by_type={name: self._share([key for key in keys if key[0] == name]) for name, _ in keys},
+            not_yes_no=self._share([key for key in keys if not key[1]]),
             questions=self._asked.total(),
         )
 
-    def _share(self, types: Sequence[str]) -> float | None:
-        asked = sum(self._asked[name] for name in types)
-        return sum(self._right[name] for name in types) / asked if asked else None
+    def _share(self, keys: Sequence[tuple[str, bool]]) -> float | None:
+        asked = sum(self._asked[key] for key in keys)
+        return sum(self._right[key] for key in keys) / asked if asked else None
 
 
 def exact_match(prediction: str, answer: str) -> bool:
@@ -112,7 +116,7 @@ def question_only_prior(
     for example in test_examples:
         guesses = [usual.get(question, fallback) for question in example["questions"]]
         right = [exact_match(guess, answer) for guess, answer in zip(guesses, example["answers"], strict=True)]
-        tally.extend(example["types"], right)
+        tally.extend(example["types"], example["answers"], right)
     return tally.score()
 
 

@@ -190,15 +190,15 @@ class SharedRunner(Runner):
         return jax.device_get(run(language_model(params), inputs, visual))
 
     def score(
-        self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED
+        self, params: Params, method: MethodConfig, seed: int, auto: AutoConfig = FIXED, order: str = ""
     ) -> tuple[scoring.Score, float | None]:
-        """As in `Runner`, which also scores what has VoCo tokens or stitches tiles."""
-        if method.voco or auto.ladder or method.packing != "tiles":
-            return super().score(params, method, seed, auto)
+        """As in `Runner`, which also scores what has VoCo tokens, stitches tiles, or reads clips in another order."""
+        if method.voco or auto.ladder or order or method.packing != "tiles":
+            return super().score(params, method, seed, auto, order)
         tally, key = scoring.Tally(), jax.random.key(seed)
         for batch in self.rows():
             right = self.read(params, method, batch, self.encode(params, method, batch, key))
             for row, thread in zip(*np.nonzero((batch["question"] >= 0) & (batch["example"] >= 0)[:, None])):
-                question = self.examples[batch["example"][row]]["types"][batch["question"][row, thread]]
-                tally.add(question, bool(right[row, thread]))
+                asked, question = self.examples[batch["example"][row]], batch["question"][row, thread]
+                tally.add(asked["types"][question], asked["answers"][question], bool(right[row, thread]))
         return tally.score(), None

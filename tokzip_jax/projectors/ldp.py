@@ -99,7 +99,8 @@ def _ldp(
     for name, stride in STRIDES.items():
         x = block(params[name], x, stride)
     # Output i is centred on place 2 i; the place beside it is told to it as well.
-    position, source = on_grid(2 * np.arange(x.shape[1]), np.arange(side) // 2)
+    half = 2 * np.arange(x.shape[1]), np.arange(side) // 2
+    position, source = on_grid(half, half)
     return placed(x.reshape(x.shape[0], -1, x.shape[-1]), position, source)
 
 

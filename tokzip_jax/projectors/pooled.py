@@ -23,25 +23,35 @@ from tokzip_jax.require import require
 from tokzip_jax.types import Params, VisualTokens
 
 
-def _product_flops(cfg: ModelConfig, grid: int, width: int) -> int:
-    """FLOPs of pooling all patches to grid x grid tokens as products with a matrix along either side."""
+def _product_flops(cfg: ModelConfig, grid: int, width: int, rows: int = 0) -> int:
+    """FLOPs of pooling all patches to rows x grid tokens as products with a matrix along either side; 0 rows: grid."""
     side = cfg.vit.grid
-    return 2 * width * grid * side * (side + grid)
+    return 2 * width * (rows or grid) * side * (side + grid)
 
 
 def _average_linear(
     cfg: ModelConfig, method: MethodConfig, params: Params, tokens: VisualTokens, context: Context
 ) -> VisualTokens:
-    pooled = average_pool(tokens.tokens_BMD, grid=method.pool_grid)
+    pooled = average_pool(tokens.tokens_BMD, grid=method.pool_grid, rows=method.pool_rows)
     return replace(pooled, dense(params["fc"], pooled.tokens_BMD))
+
+
+def _average_count(cfg: ModelConfig, method: MethodConfig, tokens: int) -> int:
+    return (method.pool_rows or method.pool_grid) * method.pool_grid
+
+
+def _average_flops(cfg: ModelConfig, method: MethodConfig, tokens: int, text: int) -> int:
+    pooling = _product_flops(cfg, method.pool_grid, cfg.vit.width, method.pool_rows)
+    return linear_flops(cfg, _average_count(cfg, method, tokens)) + pooling
 
 
 def _check_grid(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
     grid = cfg.vit.grid
-    require(
-        1 <= method.pool_grid <= grid and grid % method.pool_grid == 0,
-        f"{key}.pool_grid = {method.pool_grid} must be a divisor of the {grid} patches of a side (1 .. {grid})",
-    )
+    for name, count in (("pool_grid", method.pool_grid), ("pool_rows", method.pool_rows or method.pool_grid)):
+        require(
+            1 <= count <= grid and grid % count == 0,
+            f"{key}.{name} = {count} must be a divisor of the {grid} patches of a side (1 .. {grid})",
+        )
 
 
 def _pool_linear(
@@ -147,14 +157,12 @@ ENTRIES = {
     "avgpool_linear": Projector(
         init_one_layer,
         _average_linear,
-        lambda cfg, method, tokens: method.pool_grid**2,
-        lambda cfg, method, tokens, text: (
-            linear_flops(cfg, method.pool_grid**2) + _product_flops(cfg, method.pool_grid, cfg.vit.width)
-        ),
+        _average_count,
+        _average_flops,
         check=_check_grid,
-        options=("pool_grid",),
+        options=("pool_grid", "pool_rows"),
         grid=True,
-        outputs="pool_grid squared",
+        outputs="pool_grid squared, or by pool_rows",
         source="baseline",
     ),
     "pool_linear": _AFTER_POOLING,
