@@ -197,8 +197,8 @@ NEXT = dataclasses.replace(PLAIN, packing="spatial_unpad")
 def test_ledger_of_stitched_tiles_by_hand():
     """A picture of 20 x 8 on 2 x 2 tiles of 8 x 8 patches: 16 x 6.4, so 6 rows of 16 patches and a newline each."""
     assert flops.stitched_tokens(WIDE, NEXT, (2, 2, 20, 8)) == 64 + 6 * (16 + 1)
-    # Of 4 x 10 selected tokens all may be real; of 4 x 40 no more than there are patches.
-    for tokens, kept in ((10, 4 * 10), (40, 6 * 16)):
+    # Of 4 x 10 selected tokens all may be real; of 4 x 40 no more than there are patches, and four CLS tokens.
+    for tokens, kept in ((10, 4 * 10), (40, 6 * 16 + 4)):
         few = dataclasses.replace(NEXT, encoder="visionzip", tokens=tokens)
         assert flops.stitched_tokens(WIDE, few, (2, 2, 20, 8)) == tokens + kept + 6
         whole = dataclasses.replace(few, packing="spatial")

@@ -101,7 +101,9 @@ def stitched_tokens(model: ModelConfig, method: MethodConfig, tiles: Sequence[in
     if method.packing == "spatial":
         return one + columns * rows * one
     top, bottom, left, right = anyres.real_box(size, (columns, rows), side)
-    return one + min(columns * rows * one, (bottom - top) * (right - left)) + bottom - top
+    places = (bottom - top) * (right - left)
+    places += columns * rows if method.encoder != "none" else 0  # a CLS token has none
+    return one + min(columns * rows * one, places) + bottom - top
 
 
 def layer_tokens(model: ModelConfig, method: MethodConfig) -> tuple[int, ...]:

@@ -86,14 +86,16 @@ class Runner:
         "stitched" tokens where tiles are put together."""
 
         def mean(values: list[int]) -> float:
-            found = float(np.average(values, weights=[len(example["types"]) for example in self.examples]))
+            found = float(np.average(values, weights=[len(example["types"]) for example in examples]))
             return int(found) if found.is_integer() else found
 
         if row.frame_order:
             return {"images": clips.frames(clips.reading(self.cfg.data, row.frame_order).scenes)}
-        counts = {"images": mean([example.get("frames", 1) for example in self.examples])}
-        if row.method.packing != "tiles":
-            tokens = [flops.stitched_tokens(self.cfg.model, row.method, example["tiles"]) for example in self.examples]
+        stitched = row.method.packing != "tiles"
+        examples = [example for example in self.examples if not stitched or "tiles" in example]
+        counts = {"images": mean([example.get("frames", 1) for example in examples])}
+        if stitched:
+            tokens = [flops.stitched_tokens(self.cfg.model, row.method, example["tiles"]) for example in examples]
             counts["stitched"] = mean(tokens)
         return counts
 
