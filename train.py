@@ -27,12 +27,12 @@ def run(cfg: RunConfig, workdir: Workdir) -> None:
     """A whole run: every stage, then every row."""
     mesh = entry.start(cfg)
     recipe.check(cfg)
-    with workdir.hold("data and config"):
-        sources.load(cfg.data, "train")
-        if cfg.rows:
-            sources.load(cfg.data, cfg.eval.split)
-        if len(cfg.study.learning_rates) > 1 and cfg.study.stages:
-            sources.load(cfg.data, cfg.study.split)
+    sources.load(cfg.data, "train")
+    if cfg.rows:
+        sources.load(cfg.data, cfg.eval.split)
+    if len(cfg.study.learning_rates) > 1 and cfg.study.stages:
+        sources.load(cfg.data, cfg.study.split)
+    with workdir.hold("config and tokenizer"):
         workdir.open(cfg)
         tokenizer.check(workdir.load_tokenizer(cfg.data), cfg.model.llm.vocab_size)
     workdir.append_json("environment.json", environment.describe(cfg.seed))

@@ -182,7 +182,8 @@ def blobs(image):
         while edge:
             y, x = edge.pop()
             area.append((y, x))
-            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            # Two squares of one colour may come as near as corner to corner.
+            near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
             edge += near
             left -= near
         votes = collections.Counter(int(label[at]) for at in area)

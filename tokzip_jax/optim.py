@@ -124,6 +124,7 @@ def _muon(cfg: OptimConfig, rate: Any) -> optax.GradientTransformation:
         consistent_rms=RMS,
         muon_weight_dimension_numbers=lambda tree: map_with_path(lambda path, _: matrix_axes(path), tree),
     )
+    # Optax's own way for the rest takes no decay mask, so what is no matrix does not come to it.
     groups = {"muon": turned, "adamw": _adamw(cfg, rate)}
     return optax.partition(groups, lambda tree: map_with_path(lambda path, _: _group(path), tree))
 

@@ -112,7 +112,8 @@ class Sweep:
     def rows(self) -> Iterator[list[table.RowResult]]:
         """The rows, after everything without training and after each training: what there is by then."""
         done = {line.name: self.free(line) for line in self.lines if not line.training}
-        yield self.in_order(done)
+        if done:
+            yield self.in_order(done)
         left: dict[str, list[Line]] = {}
         for line in self.lines:
             if line.training:
