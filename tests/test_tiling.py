@@ -5,10 +5,11 @@ import functools
 
 import jax
 import numpy as np
+import official
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import config_check, optim, sharding, tiling, vlm
+from tokzip_jax import config_check, flops, optim, sharding, tiling, vlm
 from tokzip_jax.config import DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.data import anyres
 from tokzip_jax.paths import first_match
@@ -92,6 +93,102 @@ def test_stitched_tokens_by_a_loop():
         assert (found.source_BP[row] >= 0).sum() == found.valid_BM[row].sum() - newlines.sum()
 
 
+ONEVISION = official.read("onevision_anyres")
+shrink = jax.jit(tiling.shrink, static_argnames="side")
+
+
+def whole(tokens, pictures, side):
+    """Every token of [B, I, side^2, D], and as many pictures as asked for."""
+    tokens = np.pad(tokens, ((0, 0), (0, pictures - tokens.shape[1]), (0, 0), (0, 0)))
+    tokens = tokens.reshape(-1, side**2, tokens.shape[-1]).astype(np.float32)
+    place = np.tile(np.arange(side**2, dtype=np.int32), (len(tokens), 1))
+    return VisualTokens(tokens, np.ones(place.shape, bool), place, np.ones_like(place), place)
+
+
+@pytest.mark.parametrize("case", ["a0", "a1", "a2"])
+def test_anyres_max_9_of_the_official_code(case):
+    features, grid, size = (ONEVISION[f"{case}/{name}"] for name in ("features", "grid", "image_size"))
+    tiles = np.array([(*grid[::-1], *size[::-1])], np.int32)
+    found = jax.device_get(shrink(whole(features[None], 37, 4), tiles, ONEVISION[f"{case}/newline"], side=4))
+    np.testing.assert_allclose(found.tokens_BMD[found.valid_BM], ONEVISION[f"{case}/out"], rtol=1e-5, atol=1e-5)
+    model = dataclasses.replace(NEXT, vit=dataclasses.replace(NEXT.vit, image_size=16, patch_size=4))
+    counted = flops.stitched_tokens(model, MethodConfig(packing="anyres_max_9"), tiles[0].tolist())
+    assert counted == len(ONEVISION[f"{case}/out"])
+
+
+def resized(canvas, height, width):
+    """Bilinear with half-pixel centres, one token at a time."""
+    out = np.zeros((height, width, canvas.shape[-1]))
+    for y, x in np.ndindex(height, width):
+        at = [max((i + 0.5) * old / new - 0.5, 0) for i, old, new in zip((y, x), canvas.shape, (height, width))]
+        (top, left), (down, across) = map(int, at), (at[0] % 1, at[1] % 1)
+        for row, share in ((top, 1 - down), (min(top + 1, canvas.shape[0] - 1), down)):
+            for column, part in ((left, 1 - across), (min(left + 1, canvas.shape[1] - 1), across)):
+                out[y, x] += share * part * canvas[row, column]
+    return out
+
+
+SHRUNK = [(4, 5, 80, 100), (6, 6, 36, 36), (5, 5, 50, 50), (3, 3, 9, 9), (6, 2, 90, 20), (1, 1, 7, 7), (0, 0, 0, 0)]
+
+
+def test_shrunk_canvas_by_a_loop():
+    """Grids below and above the limit, padding on either side, and a row without a picture."""
+    side, pictures = 3, 37
+    tokens = np.random.default_rng(0).normal(size=(len(SHRUNK), pictures, side**2, 2)).astype(np.float32)
+    found = shrink(whole(tokens, pictures, side), np.array(SHRUNK, np.int32), np.full(2, 9.0, np.float32), side=side)
+    found = jax.device_get(found)
+    length = tiling.slots("anyres_max_9", pictures, side**2, side)
+    assert found.valid_BM.shape == (len(SHRUNK), length) == (7, 9 + 98 + 108)
+    limit = 0
+    for row, (columns, rows, *size) in enumerate(SHRUNK[:-1]):
+        top, bottom, left, right = anyres.real_box(size, (columns, rows), side)
+        canvas = tokens[row, 1 : 1 + columns * rows].reshape(rows, columns, side, side, 2)
+        canvas = canvas.swapaxes(1, 2).reshape(rows * side, columns * side, 2)[top:bottom, left:right]
+        height, width, _ = canvas.shape
+        times = (height * width / (9 * side**2)) ** 0.5
+        if times > 1.1:
+            canvas, limit = resized(canvas, int(height // times), int(width // times)), limit + 1
+        lines = np.concatenate([canvas, np.full((len(canvas), 1, 2), 9.0)], axis=1)
+        expected = np.concatenate([tokens[row, 0], lines.reshape(-1, 2)])
+        assert found.valid_BM[row, : len(expected)].all() and not found.valid_BM[row, len(expected) :].any()
+        np.testing.assert_allclose(found.tokens_BMD[row, : len(expected)], expected, atol=1e-5)
+        # Every patch that shows the picture belongs to one token, and no newline has a patch or a place.
+        homes = found.source_BP[row, side**2 :]
+        assert (homes >= 0).sum() == height * width
+        np.testing.assert_array_equal(np.bincount(homes[homes >= 0], minlength=length)[9:], found.size_BM[row, 9:])
+        newlines = np.flatnonzero((found.tokens_BMD[row] == 9.0).all(-1) & found.valid_BM[row])
+        assert len(newlines) == len(canvas) and (found.position_BM[row, newlines] == -1).all()
+        assert (found.size_BM[row, 9 : len(expected)] > 0).sum() == len(expected) - 9 - len(canvas)
+        kept = homes[(homes >= 0)]
+        if times <= 1.1:  # as it was
+            places = np.tile(np.arange(side**2), pictures - 1)[homes >= 0]
+            np.testing.assert_array_equal(found.position_BM[row, kept], places)
+    assert limit == 3
+    assert not found.valid_BM[-1, 9:].any()
+
+
+def test_sides_are_rounded_as_in_float64():
+    """A square of 5 x 5 tiles of 27 patches: 135 / (135 / 81) comes out as 80.99...; 6 x 6 tiles halve exactly."""
+    sides = tiling.shrunk_sides(162, 27)
+    assert sides[135, 135] == 80 and sides[162, 162] == 81 and sides[81, 81] == 81 and sides[89, 89] == 89
+    assert (sides * sides.T).max() <= 1.1**2 * 9 * 27**2
+
+
+def test_a_dropped_patch_has_no_token():
+    """What is not valid leaves a gap where it is the nearest patch; newlines stay."""
+    visual = whole(np.random.default_rng(0).normal(size=(1, 5, 9, 2)), 5, 3)
+    valid = visual.valid_BM.copy()
+    valid[1, 4] = False  # the middle of the first tile
+    newline, tiles = np.full(2, 9.0, np.float32), np.array([(2, 2, 9, 9)], np.int32)
+    full, less = (
+        jax.device_get(shrink(dataclasses.replace(visual, valid_BM=mask), tiles, newline, side=3))
+        for mask in (visual.valid_BM, valid)
+    )
+    gone = np.flatnonzero(full.valid_BM[0] != less.valid_BM[0])
+    assert gone.tolist() == [9 + 7 + 1]  # behind the overview and the first line of 6 patches and a newline
+    assert (full.source_BP == gone[0]).sum() == 1 and (less.source_BP == gone[0]).sum() == 0
+
+
 def test_placeholders_become_one():
     """A separator between a picture and its VoCo tokens goes with them; text and rows of one picture stay."""
     i, v = IMAGE_ID, VOCO_ID
@@ -133,6 +230,10 @@ def test_a_picture_in_tiles_is_one_picture_with_voco_tokens_of_its_own():
     # The first row that shows the picture is the third one of the upper tiles.
     np.testing.assert_array_equal(seen[16:24], np.concatenate([visual.tokens_BMD[1][8:12], visual.tokens_BMD[2][8:12]]))
     assert packed.valid_BM.shape == (1, 5 * 16 + 4 * 4)
+    # Below its limit "anyres_max_9" is the same, in fewer slots than 4 tiles have.
+    other = functools.partial(embed, method=dataclasses.replace(STITCHED, packing="anyres_max_9"))
+    again, more, _, _ = jax.jit(lambda params, batch: other(params, batch))(params, batch)
+    np.testing.assert_array_equal(again[0][more.stream.kind[0] != PAD], x[0][real])
     # It learns from each of the four rows.
     learnt = jax.grad(lambda newline: embed({**params, "image_newline": newline}, batch)[0].sum())
     np.testing.assert_array_equal(jax.jit(learnt)(params["image_newline"]), np.full(16, 4.0))
@@ -185,6 +286,10 @@ RUN = RunConfig(
             r"decoder = 'fastv' has a budget a tile; packing = 'spatial_unpad' must be 'tiles'",
         ),
         ({"method.packing": "unpad"}, r"rows\.base\.method\.packing = 'unpad'"),
+        (
+            {"method.packing": "anyres_max_9", "method.encoder": "random", "method.tokens": 4},
+            r"packing = 'anyres_max_9' resizes whole pictures, of which .*encoder = 'random' leaves parts",
+        ),
         # 128 ids, of which one becomes 5 * 16 + 4 * 4 tokens.
         ({"model.llm.max_positions": 222}, r"with 1 x \(96 visual \+ 0 VoCo\) tokens needs 223"),
     ],

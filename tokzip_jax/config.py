@@ -108,7 +108,8 @@ class MethodConfig:
     draw_budget: bool = False  # nested_pool, mqt, in training: each picture draws a level (queries) up to that set here
     content_grid: int = 0  # llamavid: side of the content tokens' grid (1 = one token); 0 = every patch
     # Of a picture that is cut into tiles (data.tiles): "tiles", each a picture of its own; "spatial", all as one, in
-    # raster order; or LLaVA-NeXT's "spatial_unpad", without what is black and with model.image_newline behind each row.
+    # raster order; LLaVA-NeXT's "spatial_unpad", without what is black and with model.image_newline behind each row; or
+    # LLaVA-OneVision's "anyres_max_9", the same with no more patches than about nine pictures have.
     packing: str = "tiles"
     voco: int = 0  # VoCo slots of an image
     voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"

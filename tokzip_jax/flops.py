@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import encoder_site, lora, stack, vlm
+from tokzip_jax import encoder_site, lora, stack, tiling, vlm
 from tokzip_jax.compress.entry import PROJECTED
 from tokzip_jax.config import LlmConfig, LoraConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.data import anyres
@@ -101,9 +101,13 @@ def stitched_tokens(model: ModelConfig, method: MethodConfig, tiles: Sequence[in
     if method.packing == "spatial":
         return one + columns * rows * one
     top, bottom, left, right = anyres.real_box(size, (columns, rows), side)
-    places = (bottom - top) * (right - left)
+    lines, across = bottom - top, right - left
+    if method.packing == tiling.SHRINKING:
+        sides = tiling.shrunk_sides(max(lines, across), side)
+        lines, across = int(sides[lines, across]), int(sides[across, lines])
+    places = lines * across
     places += columns * rows if method.encoder != "none" else 0  # a CLS token has none
-    return one + min(columns * rows * one, places) + bottom - top
+    return one + min(columns * rows * one, places) + lines
 
 
 def layer_tokens(model: ModelConfig, method: MethodConfig) -> tuple[int, ...]:

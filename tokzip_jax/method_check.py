@@ -29,8 +29,13 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
     one_of(f"{key}.packing", method.packing, tiling.PACKINGS)
     stitched = method.packing != "tiles"
     require(
-        method.packing != "spatial_unpad" or model.image_newline,
-        f"{key}.packing = 'spatial_unpad' needs the learned newline: set model.image_newline = True",
+        method.packing not in tiling.UNPADDING or model.image_newline,
+        f"{key}.packing = {method.packing!r} needs the learned newline: set model.image_newline = True",
+    )
+    require(
+        method.packing != tiling.SHRINKING or method.encoder == "none",
+        f"{key}.packing = {method.packing!r} resizes whole pictures, of which {key}.encoder = {method.encoder!r} "
+        "leaves parts; use 'spatial_unpad', or encoder='none'",
     )
     require(
         not stitched or method.projector in KEEPS_PLACES,

@@ -80,12 +80,14 @@ def stitch(
     Raises:
         ValueError: batch or parameters have not what the packing needs.
     """
-    unpad = method.packing == "spatial_unpad"
+    unpad = method.packing in tiling.UNPADDING
     if "tiles" not in batch or (unpad and "image_newline" not in params):
         more = " and the parameter image_newline (set model.image_newline)" if unpad else ""
         raise ValueError(f"method.packing = {method.packing!r} needs batch['tiles'] (set data.tiles){more}")
-    merged = getattr(compress.options(method.encoder, method.options), "contextual", 0)
     newline = params["image_newline"] if unpad else None
+    if method.packing == tiling.SHRINKING:
+        return tiling.shrink(visual, batch["tiles"], newline, side=cfg.vit.grid)
+    merged = getattr(compress.options(method.encoder, method.options), "contextual", 0)
     return tiling.stitch(visual, batch["tiles"], newline, side=cfg.vit.grid, merged=merged)
 
 

@@ -2,8 +2,9 @@
 
 A picture becomes an overview (resized to the tower's square without keeping its shape) and the tiles of a canvas of
 columns x rows such squares, on which it is centred as large as it fits, the rest black. Which grid that is, is chosen
-by the size of the picture among those that are allowed; LLaVA-NeXT's are those of `LLAVA_NEXT`. Of the canvas'
-patches, those in the picture's own box are real (`real_box`). Only host code here; sizes are (width, height).
+by the size of the picture among those that are allowed; LLaVA-NeXT's are those of `LLAVA_NEXT`, LLaVA-OneVision's
+those of `LLAVA_ONEVISION`. Of the canvas' patches, those in the picture's own box are real (`real_box`). Only host code
+here; sizes are (width, height).
 """
 
 import math
@@ -17,6 +18,7 @@ Size = tuple[int, int]
 Grid = tuple[int, int]  # (columns, rows)
 
 LLAVA_NEXT: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+LLAVA_ONEVISION: tuple[Grid, ...] = tuple((columns, rows) for columns in range(1, 7) for rows in range(1, 7))
 
 
 def choose_grid(size: Size, grids: Sequence[Grid], tile: int) -> Grid:
