@@ -266,8 +266,14 @@ def test_a_training_that_is_missing_is_made_again(done):
     marker = next(path for path in (workdir.root / "checkpoints" / gone.name).iterdir() if path.is_file())
     text = marker.read_text()
     marker.unlink()
-    assert [name for _, name in study.trainings()] == [gone.name]
+    asked = study.trainings()
+    assert next(asked)[1] == gone.name
+    with pytest.raises(RuntimeError, match=f"'{gone.name}' must be finished before the next one"):
+        next(asked)
+    asked = study.trainings()
+    assert next(asked)[1] == gone.name
     marker.write_text(text)
+    assert list(asked) == []
 
 
 def test_a_rate_that_diverges_is_left_out(done, tmp_path):

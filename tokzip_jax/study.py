@@ -144,7 +144,11 @@ class Study:
                 self._measure(named[name])
 
     def _shared(self, wanted: dict[str, RunConfig]) -> Iterator[tuple[RunConfig, str]]:
-        """The trainings that no other process in this workdir has taken; ends when all of them are finished."""
+        """The trainings that no other process in this workdir has taken; ends when all of them are finished.
+
+        Raises:
+            RuntimeError: the caller asks for the next one and has not trained the last one.
+        """
         while left := [name for name in wanted if self._unfinished(name)]:
             idle = True
             for name in left:
@@ -152,6 +156,8 @@ class Study:
                     if mine and self._unfinished(name):
                         idle = False
                         yield wanted[name], name
+                        if self._unfinished(name):
+                            raise RuntimeError(f"training {name!r} must be finished before the next one is asked for")
             if idle:
                 time.sleep(POLL)
 
