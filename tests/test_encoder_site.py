@@ -267,11 +267,6 @@ REFUSED = {
         method("downsample", 9),
         r"x: downsample: 9 tokens make 3 x 3 patches, which windows of 2 do not",
     ),
-    "windows": (
-        WINDOWS,
-        method("tome", 7),
-        r"x\.encoder = 'tome' merges tokens inside .*: model\.vit\.window = 2 must be 0",
-    ),
     "cudnn": (
         dataclasses.replace(CFG, attention="cudnn"),
         method("tome", 7),

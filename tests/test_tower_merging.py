@@ -1,5 +1,6 @@
 """ToMe and FOLDER between the halves of our vision tower's blocks, against a plain NumPy tower that merges there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from tokzip_jax.compress.folder import between as folder_between
 from tokzip_jax.compress.tome import between, merge_step, merged, removals
 
 CFG = tiny.MODEL  # three blocks, of which the first two make the features; 16 patches
+WINDOWS = dataclasses.replace(CFG, vit=dataclasses.replace(CFG.vit, window=2))
 PIXELS = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
 STEPS = {
     "tome": between(removals(16, 9, 2)),
@@ -23,10 +25,10 @@ STEPS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("name", "proportional", "signals", "summary"))
-def run(params, name, proportional=False, signals=(), summary=False):
+@functools.partial(jax.jit, static_argnames=("name", "proportional", "signals", "summary", "cfg"))
+def run(params, name, proportional=False, signals=(), summary=False, cfg=CFG):
     return vit.features(
-        CFG, params, PIXELS, between=STEPS[name], proportional=proportional, signals=signals, summary=summary
+        cfg, params, PIXELS, between=STEPS[name], proportional=proportional, signals=signals, summary=summary
     )
 
 
@@ -40,7 +42,16 @@ def norm(p, x):
     return p["scale"] * x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) + p["bias"]
 
 
-def block(p, state, step, proportional):
+def apart(one, other, window):
+    """A token of the 4 x 4 patches does not see another one: CLS sees all, others those whose windows they stand in."""
+    if one["place"] == 0:
+        return False
+    if other["place"] == 0:
+        return True
+    return any(a // window != b // window for a, b in zip(*(divmod(t["place"] - 1, 4) for t in (one, other))))
+
+
+def block(p, state, step, proportional, window=0):
     """One block on a list of tokens; `step` merges them between the halves."""
     x = np.array([token["x"] for token in state])
     y, a = norm(p["norm1"], x), p["attn"]
@@ -48,6 +59,8 @@ def block(p, state, step, proportional):
     logits = np.einsum("nth,nsh->nts", q, k) / np.sqrt(q.shape[-1])
     if proportional:
         logits += np.log([len(token["members"]) for token in state])
+    if window:
+        logits += np.array([[-np.inf if apart(one, other, window) else 0.0 for other in state] for one in state])
     weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     x = x + np.einsum("nts,nsh,nhd->td", weights, v, a["o"]["w"]) + a["o"]["b"]
     rows = zip(state, x, k.mean(axis=0), weights[:, 0].mean(axis=0))
@@ -60,13 +73,13 @@ def block(p, state, step, proportional):
     return state
 
 
-def tower(row, steps, proportional=False, blocks=2):
+def tower(row, steps, proportional=False, blocks=2, window=0):
     """The tokens behind `blocks` blocks of one picture."""
     params = tiny.params()["vit"]
     first = np.asarray(vit.embed(CFG.vit, params, PIXELS)[row], float)
     state = merging.first_tokens(first, first)
     for p, step in zip(stack.unstack(params["layers"])[:blocks], steps, strict=True):
-        state = block(jax.tree.map(lambda leaf: np.asarray(leaf, float), p), state, step, proportional)
+        state = block(jax.tree.map(lambda leaf: np.asarray(leaf, float), p), state, step, proportional, window)
     return state
 
 
@@ -84,13 +97,16 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize(("name", "proportional"), [("tome", False), ("tome", True), ("folder", False)])
-def test_merges_as_the_plain_tower(name, proportional):
-    found, _ = run(tiny.params()["vit"], name, proportional)
+@pytest.mark.parametrize(
+    ("name", "proportional", "window"),
+    [("tome", False, 0), ("tome", True, 0), ("folder", False, 0), ("tome", True, 2), ("folder", False, 2)],
+)
+def test_merges_as_the_plain_tower(name, proportional, window):
+    found, _ = run(tiny.params()["vit"], name, proportional, cfg=WINDOWS if window else CFG)
     result = visual(found)
     merging.assert_books(result, 16)
     for row in range(2):
-        expected = tower(row, PLAIN[name], proportional)
+        expected = tower(row, PLAIN[name], proportional, window=window)
         merging.assert_same(result, row, expected, first=1, atol=1e-4)
         np.testing.assert_allclose(found.cls_BD[row], expected[0]["x"], atol=1e-4)
 

@@ -81,11 +81,6 @@ def check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
             f"{key}.encoder = {method.encoder!r} reads every patch behind the projector, and {key}.projector = "
             f"{method.projector!r} does not work patch by patch; choose one of {known}{other}"
         )
-    if ahead.between and cfg.vit.window:
-        raise ValueError(
-            f"{key}.encoder = {method.encoder!r} merges tokens inside the tower, which cannot be where they attend in "
-            f"windows: model.vit.window = {cfg.vit.window} must be 0"
-        )
     if ahead.proportional and cfg.attention == "cudnn":
         raise ValueError(
             f"{key}.options.proportional = True adds the log of a token's size to the attention logits, which "

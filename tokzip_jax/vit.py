@@ -78,8 +78,11 @@ def init(cfg: VitConfig, key: Array, param_dtype: Any = jnp.float32) -> Params:
     }
 
 
-def window_mask(cfg: VitConfig) -> np.ndarray | None:
+def window_mask(cfg: VitConfig, place_BT: Array | None = None) -> Array | None:
     """Who sees whom [1, 1+P, 1+P] (True = sees) in a tower with windows; None where everything sees everything.
+
+    With `place_BT`, the places (0 = CLS) of merged tokens, [B, T, T]: such a token is in the window of its place, the
+    token that the others were merged into, wherever these stood.
 
     A patch sees the patches of its own window and nothing else, the CLS token sees everything. So what a patch says is
     about its own surroundings: without windows a small tower writes what a simple picture shows into every one of its
@@ -89,8 +92,10 @@ def window_mask(cfg: VitConfig) -> np.ndarray | None:
     if not cfg.window:
         return None
     row, column = np.divmod(np.arange(cfg.patches), cfg.grid)
-    number = np.concatenate([[-1], row // cfg.window * cfg.grid + column // cfg.window])
-    return (number[:, None] == number[None]) | (number[:, None] == -1)[None]
+    number = np.concatenate([[-1], row // cfg.window * cfg.grid + column // cfg.window])[None]
+    if place_BT is not None:
+        number = jnp.asarray(number[0])[place_BT]
+    return (number[:, :, None] == number[:, None]) | (number == -1)[:, :, None]
 
 
 def embed(cfg: VitConfig, params: Params, pixels_BHWC: Array) -> Array:
@@ -117,11 +122,16 @@ def _read(name: str, q: Array, k: Array, bias_BS: Array | None) -> Array:
 
 
 def _attention(
-    cfg: ModelConfig, block: Params, x_BSD: Array, signals: tuple[str, ...], bias_BS: Array | None
+    cfg: ModelConfig,
+    block: Params,
+    x_BSD: Array,
+    signals: tuple[str, ...],
+    bias_BS: Array | None,
+    place_BS: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
     """The first half of a block: x + attention, and what was read off it."""
     modules = _modules(cfg.vit, cfg.param_dtype)
-    window = window_mask(cfg.vit)
+    window = window_mask(cfg.vit, place_BS)
 
     def mix(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
         read = {name: _read(name, q, k, bias_BS) for name in signals}
@@ -146,15 +156,17 @@ def run_blocks(
     hi: int,
     signals: tuple[str, ...] = (),
     bias_BS: Array | None = None,
+    place_BS: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Blocks lo .. hi-1; the asked-for signals are those of block hi-1. `bias_BS` is added to every key's logits.
+    """Blocks lo .. hi-1; the asked-for signals are those of block hi-1. `bias_BS` is added to every key's logits, and
+    `place_BS` says where merged tokens stand, see `window_mask`.
 
     Every block writes its signals over the last one's in the loop's carry: a CLS row and a mean of the keys cost next
     to nothing, and so one scan serves, with no block's weights copied out of the stack.
     """
 
     def body(carry: tuple[Array, Any], block: Params, _: None) -> tuple[tuple[Array, Any], None]:
-        x, read = _attention(cfg, block, carry[0], signals, bias_BS)
+        x, read = _attention(cfg, block, carry[0], signals, bias_BS, place_BS)
         return (_mlp(cfg, block, x), read), None
 
     batch, length = x_BSD.shape[:2]
@@ -177,13 +189,14 @@ def _merge_block(
     merge: Between,
     signals: tuple[str, ...],
     bias_BS: Array | None,
+    place_BS: Array | None,
 ) -> tuple[Merged, dict[str, Array]]:
     """One block with `merge` between its halves."""
     reads = tuple({*signals, CLS_ROW, "keys_BSH"})
 
     # The number of tokens changes, so that they cannot be the loop's carry: they leave as the output of its one turn.
     def body(carry: tuple[()], block: Params, _: None) -> tuple[tuple[()], Any]:
-        x, read = _attention(cfg, block, tokens.x_BTD, reads, bias_BS)
+        x, read = _attention(cfg, block, tokens.x_BTD, reads, bias_BS, place_BS)
         merged = merge(dataclasses.replace(tokens, x_BTD=x), read["keys_BSH"], read[CLS_ROW])
         merged = dataclasses.replace(merged, x_BTD=_mlp(cfg, block, merged.x_BTD))
         return carry, (merged, {name: read[name] for name in signals})
@@ -204,19 +217,21 @@ def _run(
 ) -> tuple[Merged, dict[str, Array]]:
     """Blocks lo .. hi-1: scans over the blocks between those in which tokens merge."""
 
-    def bias() -> Array | None:
-        first = tokens.x_BTD.shape[1] == tokens.slot_BS.shape[1]  # nothing has merged yet
-        return None if first or not proportional else jnp.log(tokens.size_BT.astype(jnp.float32))
+    def about() -> tuple[Array | None, Array | None]:
+        """Bias and places of the tokens; None while nothing has merged."""
+        if tokens.x_BTD.shape[1] == tokens.slot_BS.shape[1]:
+            return None, None
+        return jnp.log(tokens.size_BT.astype(jnp.float32)) if proportional else None, tokens.place_BT
 
     read: dict[str, Array] = {}
     stops = [number for number in sorted(between) if lo <= number < hi]
     for start, number in zip([lo, *(stop + 1 for stop in stops)], [*stops, hi]):
         if start < number or not stops:
-            x, read = run_blocks(cfg, params, tokens.x_BTD, start, number, signals if number == hi else (), bias())
+            x, read = run_blocks(cfg, params, tokens.x_BTD, start, number, signals if number == hi else (), *about())
             tokens = dataclasses.replace(tokens, x_BTD=x)
         if number < hi:
             here = signals if number == hi - 1 else ()
-            tokens, read = _merge_block(cfg, params, tokens, number, between[number], here, bias())
+            tokens, read = _merge_block(cfg, params, tokens, number, between[number], here, *about())
     return tokens, read
 
 
@@ -247,8 +262,7 @@ def features(
         (`tome.merged`). A signal of a block that merges is of its tokens before it did.
 
     Raises:
-        ValueError: unknown signal, pictures of another size, a block behind the features in `between`, or a tower with
-            windows there.
+        ValueError: unknown signal, pictures of another size, or a block behind the features in `between`.
     """
     unknown = set(signals) - set(FEATURE_SIGNALS) - set(LAST_SIGNALS)
     if unknown:
@@ -261,10 +275,6 @@ def features(
     if wrong:
         raise ValueError(
             f"between: block {wrong[0]} is not among those before the features; it must be 0 .. {blocks - 1}"
-        )
-    if between and cfg.vit.window:
-        raise ValueError(
-            f"between: tokens cannot merge in a tower with windows (window = {cfg.vit.window}); it must be 0"
         )
     # With the last block's output as features, both kinds of signals come from the one run.
     whole = blocks == cfg.vit.layers
