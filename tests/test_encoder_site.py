@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import compress, config_check, config_io, encoder_site, method_check, vlm, voco
+from tokzip_jax import (
+    compress,
+    config_check,
+    config_io,
+    encoder_site,
+    generate,
+    llm,
+    masks,
+    method_check,
+    stack,
+    vlm,
+    voco,
+)
 from tokzip_jax.compress import ENCODER, Ask, Tower, downsample, resize_positions, restore
 from tokzip_jax.compress.cdpruner import cdpruner
 from tokzip_jax.compress.divprune import divprune
@@ -147,6 +159,83 @@ def test_raster_positions_in_the_model():
     for wrong in ({"voco": 1, "voco_mask": "voco"}, {"projector": "qformer"}):
         with pytest.raises(ValueError, match=r"x\.positions = 'raster' needs tokens with a place each, which"):
             method_check.check("x", dataclasses.replace(MethodConfig(positions="raster"), **wrong), CFG)
+
+
+CALIBRATED = dataclasses.replace(CASES["restore"], positions="raster", attention_bias=True)
+
+
+def test_attention_bias_in_the_model():
+    """All layers weigh keys by size and distance: against attention that adds the formula pair by pair."""
+    tokens = found("restore")[0]
+    x, slots, _, _ = jax.jit(
+        lambda p, b: vlm.embed(CFG, p, b, CALIBRATED, voco_count=0, key=jax.random.key(0), visual=tokens)
+    )(tiny.params(), BATCH)
+    stream = jax.device_get(slots.stream)
+    for row, sizes in enumerate(tokens.size_BM):
+        np.testing.assert_array_equal(stream.size[row][stream.kind[row] == VISION], sizes)
+        assert not stream.size[row][stream.kind[row] != VISION].any()
+    assert stream.size.max() > 1
+    table = masks.TABLES["visible"]
+    plain = dataclasses.replace(slots.stream, size=None)
+    mask = np.asarray(masks.visibility(plain, plain, table))
+    frequencies = CFG.llm.rope_theta ** (-np.arange(0, CFG.llm.head_dim, 2) / CFG.llm.head_dim)
+    bias = np.zeros(mask.shape)
+    for row, query, key in np.ndindex(*mask.shape):
+        distance = int(stream.position[row, query]) - int(stream.position[row, key])
+        bias[row, query, key] = np.log(max(stream.size[row, key], 1) * (2 - np.cos(distance * frequencies).mean()))
+
+    def attention(q, k, v):
+        k, v = (jnp.repeat(part, q.shape[1] // k.shape[1], axis=1) for part in (k, v))
+        logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]) + bias[:, None]
+        return jax.nn.softmax(jnp.where(mask[:, None], logits, -1e30), axis=-1) @ v
+
+    blocks, table = tiny.params()["llm"]["layers"], jnp.asarray(table)
+    expected, _ = llm.run_layers(CFG, blocks, x, plain, table, attention=attention)
+    rows = jnp.full((3, 1), 6, jnp.int32)
+    result, read = llm.run_layers(CFG, blocks, x, slots.stream, table, rows=rows)
+    without, unweighed = llm.run_layers(CFG, blocks, x, plain, table, rows=rows)
+    real = stream.kind > 0
+    tiny.close(result[real], expected[real])
+    assert np.abs(np.asarray(result - without))[real].max() > 0.1
+    # Rows that a method reads are weighed too: in the first layer by the bias, up to what makes the sum one.
+    ratio = np.log(read["scores"][0][:, 0, 0] / unweighed["scores"][0][:, 0, 0]) - bias[:, 6]
+    for weights, seen in zip(ratio, mask[:, 6]):
+        np.testing.assert_allclose(weights[seen], weights[seen][0], atol=1e-4)
+    with pytest.raises(ValueError, match=r"attention= is for whole rows: .* nor stream\.size"):
+        llm.run_layers(CFG, blocks, x, slots.stream, table, attention=attention)
+
+
+def test_attention_bias_in_cached_decoding():
+    """Tokens that were decoded one by one are those that the whole row says."""
+    prompts = [[[tiny.BOS, IMAGE_ID], question] for question in ([5, 6, 7, 8], [4, 4, 4, 4], [10, 11, 12, 13])]
+    params, blocks = tiny.params(), stack.unstack(tiny.params()["llm"]["layers"])
+    table = jnp.asarray(masks.TABLES["visible"])
+
+    @jax.jit
+    def write(batch):
+        prompt = generate.prefill(CFG, params, batch, CALIBRATED, max_new=3)
+        return generate.decode(CFG, params, blocks, prompt, max_new=3, eos_id=-1, table=table)[0]
+
+    tokens = np.asarray(write(tiny.batch(prompts, 6)))
+    whole = tiny.batch([[*prompt, row.tolist()] for prompt, row in zip(prompts, tokens)], 9)
+    run = jax.jit(lambda b: vlm.forward(CFG, params, b, CALIBRATED).hidden_BTD)
+    said = llm.logits(CFG, params["llm"], run(whole))[:, -4:-1].argmax(axis=-1)
+    np.testing.assert_array_equal(said, tokens)
+    plain = dataclasses.replace(CALIBRATED, attention_bias=False)
+    assert not np.allclose(run(whole), jax.jit(lambda b: vlm.forward(CFG, params, b, plain).hidden_BTD)(whole))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "changes"),
+    [
+        (CFG, {"voco": 1, "voco_mask": "voco", "positions": "original"}),
+        (CFG, {"decoder": "fastv", "decoder_layers": (1,), "decoder_keep": (4,)}),
+        (dataclasses.replace(CFG, attention="cudnn"), {}),
+    ],
+)
+def test_attention_bias_that_cannot_be(cfg, changes):
+    with pytest.raises(ValueError, match=r"x\.attention_bias = True (weighs|cannot be with model\.attention)"):
+        method_check.check("x", dataclasses.replace(CALIBRATED, **changes), cfg)
 
 
 def test_downsampling_is_a_smaller_model_on_smaller_pictures():

@@ -124,6 +124,8 @@ class MethodConfig:
     # "original": an id a token. "compact": what text cannot see takes no id (video; needs mask "voco"). "raster": a
     # token keeps the id of its place in the whole picture (RESTORE).
     positions: str = "original"
+    # RESTORE's: the language model weighs keys by how many patches they speak for, and far ones less lightly.
+    attention_bias: bool = False
 
     def __post_init__(self) -> None:
         """A plain dict will do for `options`."""

@@ -110,7 +110,7 @@ def prefill(
     count = method.voco if voco_count is None else voco_count
     x, slots, visual, _ = vlm.embed(cfg, params, batch, method, voco_count=count, key=key, visual=visual)
     if method.decoder == "none":
-        cache = llm.empty_cache(cfg, x.shape[0], x.shape[1] + max_new)
+        cache = llm.empty_cache(cfg, x.shape[0], x.shape[1] + max_new, sizes=method.attention_bias)
         return read(cfg, params, x, slots.stream, table, cache=cache, offset=0)
     sizes = {"images": visual.valid_BM.shape[0] // x.shape[0], "visual": visual.valid_BM.shape[1]}
     hidden, slots, runs = decoder_site.run(cfg, params["llm"]["layers"], x, slots, table, method, **sizes, keep=True)

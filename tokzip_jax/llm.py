@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from tokzip_jax import layers, stack
 from tokzip_jax.attention import attend, score_rows
+from tokzip_jax.compress.restore import restore_bias
 from tokzip_jax.config import LlmConfig, ModelConfig
 from tokzip_jax.masks import visibility
 from tokzip_jax.sharding import constrain
@@ -108,7 +109,8 @@ def run_layers(
             deltas in them (`lora.attach`) reach the token kinds that they were made for;
             `layers.without_deltas(blocks)` switches them off.
         x_BTD: [B, T, D] embeddings.
-        stream: [B, T] what they are. With a cache, `order` must already be the slots they are written to.
+        stream: [B, T] what they are. With a cache, `order` must already be the slots they are written to. With sizes in
+            it, `restore_bias` is added to all attention logits.
         table: [kinds, kinds] out of `masks.TABLES`.
         cache: keys and values of these layers that came before; the new ones are written at `offset`. Its stream
             must already describe the new tokens (see `write_stream`).
@@ -124,10 +126,10 @@ def run_layers(
         [L, B, K, S, H] if `keep`, and "scores" [L, B, N, R, S] float32 for `rows`.
 
     Raises:
-        ValueError: an `attention` of its own together with a cache or `rows`.
+        ValueError: an `attention` of its own together with a cache, `rows` or sizes.
     """
-    if attention is not None and (cache is not None or rows is not None):
-        raise ValueError("attention= is for whole rows: it goes with neither a cache nor rows=")
+    if attention is not None and (cache is not None or rows is not None or stream.size is not None):
+        raise ValueError("attention= is for whole rows: it goes with neither a cache, nor rows=, nor stream.size")
     hi = cfg.llm.layers if hi is None else hi
     modules = modules_of(cfg.llm, cfg.param_dtype)
     angles = layers.rope_angles(stream.position, cfg.llm.head_dim, cfg.llm.rope_theta)
@@ -135,6 +137,10 @@ def run_layers(
     used = slice(None, offset + x_BTD.shape[1] if isinstance(offset, int) else None)
     seen = stream if cache is None else jax.tree.map(lambda leaf: leaf[:, used], cache.stream)
     mask = visibility(stream, seen, table) if attention is None else None
+    bias = None
+    if stream.size is not None:
+        turning = {"head_dim": cfg.llm.head_dim, "theta": cfg.llm.rope_theta}
+        bias = restore_bias(stream.position, seen.position, seen.size, **turning)
 
     def body(x: Array, block: Params, past: tuple[Array, Array] | None) -> tuple[Array, dict[str, Array]]:
         def mix(q: Array, k: Array, v: Array) -> tuple[Array, dict[str, Array]]:
@@ -147,10 +153,11 @@ def run_layers(
             if rows is not None:
                 q_rows = jnp.take_along_axis(q, rows[:, None, :, None], axis=2)
                 seen_rows = jnp.take_along_axis(mask, rows[:, :, None], axis=1)
-                out["scores"] = score_rows(q_rows, read_k, mask=seen_rows)
+                weighed = None if bias is None else jnp.take_along_axis(bias, rows[:, :, None], axis=1)
+                out["scores"] = score_rows(q_rows, read_k, mask=seen_rows, bias=weighed)
             if attention is not None:
                 return attention(q, read_k, read_v), out
-            return attend(q, read_k, read_v, mask=mask, implementation=cfg.attention), out
+            return attend(q, read_k, read_v, mask=mask, bias=bias, implementation=cfg.attention), out
 
         return run_block(modules, block, x, stream.kind, mix)
 
@@ -163,12 +170,20 @@ def run_layers(
     return x, out
 
 
-def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype: Any = None) -> KvCache:
-    """A cache of `slots` unused slots for `batch` rows."""
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype: Any = None, *, sizes: bool = False) -> KvCache:
+    """A cache of `slots` unused slots for `batch` rows; with `sizes` its stream has room for them."""
     shape = (cfg.llm.layers, batch, cfg.llm.kv_heads, slots, cfg.llm.head_dim)
     zeros = jnp.zeros((batch, slots), jnp.int32)
     order = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), zeros.shape)
-    stream = TokenStream(kind=zeros + PAD, segment=zeros, thread=zeros, sample=zeros, position=zeros, order=order)
+    stream = TokenStream(
+        kind=zeros + PAD,
+        segment=zeros,
+        thread=zeros,
+        sample=zeros,
+        position=zeros,
+        order=order,
+        size=zeros if sizes else None,
+    )
     dtype = dtype or cfg.dtype
     return KvCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), stream=stream)
 

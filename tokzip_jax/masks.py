@@ -54,6 +54,7 @@ under "voco" and, but for the prefix column of t, under "prefix_visible"
 else before the VoCo tokens. A row without an image holds text only, and is plain causal in every mode.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,8 +104,8 @@ def rule(query: TokenStream, key: TokenStream, table: Array | np.ndarray) -> Arr
 
 def visibility(query: TokenStream, key: TokenStream, table: Array | np.ndarray) -> Array:
     """The boolean attention mask [B, T, S] of queries [B, T] over keys [B, S]; True = sees."""
-    rows = TokenStream(**{name: value[:, :, None] for name, value in vars(query).items()})
-    columns = TokenStream(**{name: value[:, None, :] for name, value in vars(key).items()})
+    rows = jax.tree.map(lambda leaf: leaf[:, :, None], query)
+    columns = jax.tree.map(lambda leaf: leaf[:, None, :], key)
     return rule(rows, columns, table)
 
 

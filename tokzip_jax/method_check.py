@@ -62,6 +62,16 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
         f"{method.voco_mask!r} must be 'visible', and {key}.projector = {method.projector!r} one of "
         f"{', '.join(map(repr, KEEPS_PLACES))}",
     )
+    require(
+        not method.attention_bias or (method.voco_mask == "visible" and method.decoder == "none"),
+        f"{key}.attention_bias = True weighs visual tokens that text sees in all layers: {key}.voco_mask = "
+        f"{method.voco_mask!r} must be 'visible', and {key}.decoder = {method.decoder!r} must be 'none'",
+    )
+    require(
+        not method.attention_bias or model.attention != "cudnn",
+        f"{key}.attention_bias = True cannot be with model.attention = 'cudnn', which takes no bias; use 'einsum' or "
+        "'xla'",
+    )
 
 
 def same_projector(key: str, row: RowConfig, cfg: RunConfig) -> None:

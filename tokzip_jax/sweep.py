@@ -26,8 +26,12 @@ from tokzip_jax.config import (
 from tokzip_jax.data import sources
 from tokzip_jax.projectors import OPTIONS, PROJECTORS
 
-# Encoder-site methods with an option: another name in the table.
-VARIANTS = {"cls_attention_lowest": ("cls_attention", {"order": "lowest"})}
+# Encoder-site methods with options, and what else they change: another name in the table.
+RESTORED = {"positions": "raster", "attention_bias": True}
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "cls_attention_lowest": ("cls_attention", {"order": "lowest"}, {}),
+    **{f"{n}_restore": (n, {"restore": 0.5}, RESTORED) for n in ("visionzip", "vispruner", "divprune", "holov")},
+}
 CONTEXTUAL = 10 / 64  # VisionZip's published share of merged tokens
 # Where cuts are published, as a share of the layers: FastV 2 of 32, SparseVLM 2, 6, 15, PyramidDrop 8, 16, 24.
 CUTS = {
@@ -194,19 +198,19 @@ def _rates(cfg: RunConfig) -> tuple[float, ...]:
 
 def _encoder(cfg: RunConfig, name: str, tokens: int) -> MethodConfig:
     """Options are those of the run's row with this method, scaled to the budget, where there is one."""
-    known, options = VARIANTS.get(name, (name, {}))
+    known, options, changes = VARIANTS.get(name, (name, {}, {}))
     own = [row.method for row in cfg.rows.values() if row.stage and row.method.encoder == known]
     own = sorted((method for method in own if name not in VARIANTS), key=lambda method: abs(method.tokens - tokens))
     if own:
         options = compress.scaled(known, own[0].options, own[0].tokens, tokens)
     elif "contextual" in {field.name for field in dataclasses.fields(ENCODER[known].options)}:
-        options = {"contextual": round(CONTEXTUAL * tokens)}
+        options = {**options, "contextual": round(CONTEXTUAL * tokens)}
     elif known.startswith("prumerge"):
         most = max(1, cfg.model.vit.patches - tokens)
         options = {"neighbours": min(compress.options(known, {}).neighbours, most)}
     elif known == "dart":
         options = {"pivots": min(compress.options(known, {}).pivots, tokens)}
-    return dataclasses.replace(upper_method(cfg), encoder=known, tokens=tokens, options=options)
+    return dataclasses.replace(upper_method(cfg), encoder=known, tokens=tokens, options=options, **changes)
 
 
 def _decoder(cfg: RunConfig, name: str, tokens: int) -> MethodConfig:

@@ -200,7 +200,7 @@ def _program(model: ModelConfig, method: MethodConfig) -> str:
     """What a prefill depends on: the visual tokens that enter, and the decoder site."""
     count = sweep.vlm.visual_slots(model, dataclasses.replace(method, **shared.NO_DECODER))
     cuts = f" {method.decoder} {method.decoder_layers} {method.decoder_keep}" if method.decoder != "none" else ""
-    return f"{count} tokens{cuts}"
+    return f"{count} tokens{cuts}{' biased' if method.attention_bias else ''}"
 
 
 def _note(line: Line) -> str:

@@ -78,6 +78,8 @@ class TokenStream:
         sample: which packed sample a token belongs to; 0 = padding, samples count from 1.
         position: the rotary position id.
         order: rank in causal order (array order of the whole sequence, cache included).
+        size: how many patches a token speaks for, where attention weighs keys by it (`MethodConfig.attention_bias`);
+            0 for text. None where it does not.
     """
 
     kind: Array
@@ -86,3 +88,4 @@ class TokenStream:
     sample: Array
     position: Array
     order: Array
+    size: Array | None = None

@@ -236,6 +236,10 @@ def embed(
     if method.positions == "raster":
         place = visual.position_BM.reshape(rows, -1)
         slots = dataclasses.replace(slots, stream=layout.raster_positions(slots, place, cfg.vit.patches))
+    if method.attention_bias:
+        size = jnp.take_along_axis(visual.size_BM.reshape(rows, -1), jnp.maximum(slots.visual, 0), axis=1)
+        stream = dataclasses.replace(slots.stream, size=jnp.where(slots.visual >= 0, size, 0))
+        slots = dataclasses.replace(slots, stream=stream)
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
     return splice(cfg, params, slots, flat), slots, visual, pooled
 

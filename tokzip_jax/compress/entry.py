@@ -91,8 +91,8 @@ class Selecting:
 
     Attributes:
         restore: share of the tokens that are made of dropped patches (RESTORE; published: 0.5); 0 = none. The method
-            also keeps original position ids (`positions = "raster"` of a config does) and adds a bias to the language
-            model's attention (`restore.restore_bias`), which ours does not take.
+            also keeps original position ids and adds a bias to the language model's attention: `positions = "raster"`
+            and `attention_bias = True` of a config.
     """
 
     restore: float = option(0.0, low=0.0, high=1.0)

@@ -96,7 +96,7 @@ def _reader(
 
 def reading(method: MethodConfig) -> MethodConfig:
     """What of a method the language model has to know, when the visual tokens are there."""
-    return MethodConfig(positions=method.positions, **{name: getattr(method, name) for name in NO_DECODER})
+    return MethodConfig(**{name: getattr(method, name) for name in ("positions", "attention_bias", *NO_DECODER)})
 
 
 def language_model(params: Params) -> Params:
