@@ -88,6 +88,21 @@ def test_kept_tokens_figure(tmp_path, figures):
     assert np.allclose(frames[:2], 1) and np.allclose(frames[2, :3], plots.slot_colours(PANEL)[3])
 
 
+def test_panels_go_on_below(tmp_path, figures):
+    """Five panels, two side by side: three bands, each with the pictures and titles of its own."""
+    panels = [dataclasses.replace(PANEL, title=f"m{number}") for number in range(5)]
+    plots.kept_tokens_figure(PICTURES, [panels] * 2, tmp_path / "kept.png", side_by_side=2)
+    titled = [axes for axes in figures[0].axes if axes.get_title()]
+    assert [axes.get_title() for axes in titled] == ["picture", "m0", "m1", "picture", "m2", "m3", "picture", "m4"]
+    assert len(figures[0].axes) == 2 * (5 + 3)
+    boxes = [axes.get_position() for axes in titled]
+    assert [box.x0 for box in boxes[3:]] == pytest.approx([box.x0 for box in (*boxes[:3], *boxes[:2])])
+    # A band stands wholly below the one before, with room for its titles.
+    lowest = [min(axes.get_position().y0 for axes in figures[0].axes[start : start + 6]) for start in (0, 6)]
+    inch = 1 / figures[0].get_figheight()
+    assert lowest[0] - boxes[3].y1 > 0.4 * inch and lowest[1] - boxes[6].y1 > 0.4 * inch
+
+
 def test_looks_put_the_strongest_red_where_the_token_looks_most(tmp_path, figures):
     plots.kept_tokens_figure(PICTURES[:1], [[LOOKS]], tmp_path / "looks.png")
     maps = [axes for axes in figures[0].axes if len(axes.images) == 2]

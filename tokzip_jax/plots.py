@@ -146,7 +146,11 @@ def _token_axis(axes: Axes, counts: Sequence[float]) -> None:
 
 
 def kept_tokens_figure(
-    pictures_BHWC: np.ndarray, panels: Sequence[Sequence[KeptPanel | LooksPanel]], path: str | os.PathLike[str]
+    pictures_BHWC: np.ndarray,
+    panels: Sequence[Sequence[KeptPanel | LooksPanel]],
+    path: str | os.PathLike[str],
+    *,
+    side_by_side: int = 0,
 ) -> None:
     """Draw a row per picture: the picture, and one panel per method.
 
@@ -158,30 +162,35 @@ def kept_tokens_figure(
         pictures_BHWC: [B, H, W, 3] uint8.
         panels: for every picture the same panels (by kind and title), in the order of the columns.
         path: of the PNG; its directory is made where it is missing.
+        side_by_side: so many panels at most; the next ones are drawn below, beside the pictures once more. 0 = all.
 
     Raises:
         ValueError: no picture, a picture without panels or with others than the first has, or a number of patches
             that is no square.
     """
     _check_panels(pictures_BHWC, panels)
-    widths = [1.0, *(_width(panel) for panel in panels[0])]
-    height = 1.75
+    count = side_by_side or len(panels[0])
+    bands = [slice(start, start + count) for start in range(0, len(panels[0]), count)]
+    widths = [1.0, *(max(map(_width, panels[0][number::count])) for number in range(min(count, len(panels[0]))))]
+    height, title = 1.75, 0.46
     across = height * sum(widths) + 0.15 * len(widths)
     # The legend's entries side by side are 7 inches wide; a narrower figure has them in two lines or four.
     columns = 4 if across >= 7 else 2 if across >= 4.5 else 1
     below = 0.14 + 0.2 * (4 // columns)
-    figure = Figure(figsize=(across, height * len(panels) + 0.46 + below))
+    inches = len(bands) * (height * len(panels) + title) + below
+    figure = Figure(figsize=(across, inches))
     # Margins in inches, so that titles and legend have the same room whatever the number of pictures.
-    inches = figure.get_figheight()
-    margins = {"left": 0.01, "right": 0.99, "top": 1 - 0.45 / inches, "bottom": below / inches}
-    grid = figure.add_gridspec(len(panels), len(widths), width_ratios=widths, wspace=0.06, hspace=0.06, **margins)
-    for row, (picture, chosen) in enumerate(zip(pictures_BHWC, panels)):
-        axes = _bare(figure, grid[row, 0], picture)
-        if row == 0:
-            axes.set_title("picture", fontsize=TITLE_SIZE)
-        for column, panel in enumerate(chosen, start=1):
-            draw = _draw_kept if isinstance(panel, KeptPanel) else _draw_looks
-            draw(figure, grid[row, column], picture, panel, row == 0)
+    margins = {"left": 0.01, "right": 0.99, "top": 1 - (title - 0.01) / inches, "bottom": below / inches}
+    outer = figure.add_gridspec(len(bands), 1, hspace=title / (height * len(panels)), **margins)
+    for band, where in zip(bands, outer):
+        grid = where.subgridspec(len(panels), len(widths), width_ratios=widths, wspace=0.06, hspace=0.06)
+        for row, (picture, chosen) in enumerate(zip(pictures_BHWC, panels)):
+            axes = _bare(figure, grid[row, 0], picture)
+            if row == 0:
+                axes.set_title("picture", fontsize=TITLE_SIZE)
+            for column, panel in enumerate(chosen[band], start=1):
+                draw = _draw_kept if isinstance(panel, KeptPanel) else _draw_looks
+                draw(figure, grid[row, column], picture, panel, row == 0)
     if any(isinstance(panel, KeptPanel) for panel in panels[0]):
         figure.legend(handles=_kept_legend(), loc="lower center", ncols=columns, frameon=False, fontsize=9)
     _save(figure, path)

@@ -27,6 +27,7 @@ from tokzip_jax.workdir import Workdir, write_atomically
 
 FOLDER = "methods"  # under eval/
 ROUNDS = 5  # of the timing
+KEPT_PICTURES, SIDE_BY_SIDE = 3, 8  # of the figure of kept tokens
 CAPTION = (
     "accuracy: exact match, per cent; % of full = x / {upper}; retention = (x - {lower}) / ({upper} - {lower}).\n"
     "prefill: FLOPs of the language model from a picture's visual tokens to the first token of an answer; prefill ms: "
@@ -277,12 +278,13 @@ def draw(work: Sweep, rows: list[table.RowResult], budgets: Sequence[int]) -> No
     bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
     plots_sweep.flops_figure(rows, figures / "methods.png", lines=bounds)
     if panels:
-        shown = range(min(pictures, len(work.base.memory.images), len(set(panels[0][2]))))
+        shown = range(min(pictures, KEPT_PICTURES, len(work.base.memory.images), len(set(panels[0][2]))))
         columns = [
             [plots.kept_panel(name, tokens, int(np.argmax(examples == example))) for name, tokens, examples in panels]
             for example in shown
         ]
-        plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, figures / "methods_kept.png")
+        path = figures / "methods_kept.png"
+        plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, path, side_by_side=SIDE_BY_SIDE)
 
 
 def _replicated(tokens: VisualTokens, mesh: Mesh) -> VisualTokens:
