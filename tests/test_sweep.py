@@ -9,8 +9,10 @@ import pytest
 import small_run
 
 from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, training
-from tokzip_jax.config import MethodConfig, OptimConfig
+from tokzip_jax.config import AutoConfig, MethodConfig, OptimConfig
+from tokzip_jax.evals import table
 from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading
+from tokzip_jax.evals.table import RowResult
 from tokzip_jax.metrics import MetricWriter, read_metrics
 from tokzip_jax.workdir import Workdir
 
@@ -165,6 +167,35 @@ def test_a_second_call_measures_nothing(run, monkeypatch):
     assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
     assert (workdir.eval / "methods" / "table.txt").read_text().strip() in text
     assert "downsample 3: 3 tokens are no smaller square grid" in text
+
+
+def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
+    """Out of its table, with the time of a question read from the cache; one that picks its number has none."""
+    cfg, workdir = run
+    voco = {"VoCo 2": cfg.rows["lower"], "k=auto": cfg.rows["lower"]}
+    voco["VoCo 2"] = dataclasses.replace(voco["VoCo 2"], method=dataclasses.replace(voco["VoCo 2"].method, voco=2))
+    voco["k=auto"] = dataclasses.replace(voco["k=auto"], auto=AutoConfig(ladder=(1,), threshold=0.1))
+    cfg = dataclasses.replace(cfg, rows={**cfg.rows, **voco})
+    other = Workdir(tmp_path)
+    for name in ("checkpoints", "tokenizer.json", "eval/rows", "eval/methods/rows"):
+        (other.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (other.root / name).symlink_to(workdir.root / name)
+    numbers = {"visual_tokens": 2, "accuracy_by_type": {}, "accuracy_not_yes_no": None, "prefill_flops": 7.0}
+    rows = [RowResult(method=name, accuracy=0.75, **numbers) for name in ("lower", "VoCo 2", "k=auto")]
+    table.write(rows, other.eval)
+    lines, _ = sweep.plan(cfg, ["cls_attention"], (3,))
+    with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)):
+        work = sweep_run.Sweep.create(cfg, other, mesh, lines)
+        [found] = work.rows()
+    assert [row.method for row in found] == [
+        *("question-only prior", "lower", "k=auto", "upper", "VoCo 2", "cls_attention 3")
+    ]
+    times = {row.method: row.prefill_ms for row in found}
+    assert times["lower"] is None and times["k=auto"] is None and times["VoCo 2"] > 0
+    kept = json.loads((other.eval / "methods" / "prefill.json").read_text())
+    assert set(kept) == {"2 VoCo tokens, voco", "3 tokens", "16 tokens"}
+    assert kept["2 VoCo tokens, voco"] == times["VoCo 2"]
+    assert found[4].accuracy == 0.75
 
 
 def opened(run, name, memory=None):

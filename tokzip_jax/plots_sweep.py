@@ -1,6 +1,7 @@
 """The figure of a sweep: accuracy against what a question costs, a line a method."""
 
 import os
+import re
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ def flops_figure(rows: Sequence[RowResult], path: str | os.PathLike[str], *, lin
     """Draw accuracy against prefill FLOPs, the rows of a method joined; rows in `lines` become horizontal lines.
 
     Args:
-        rows: of the sweep's table, named by method and budget.
+        rows: of the sweep's table; those whose names differ in a number alone belong together.
         path: of the PNG; its directory is made where it is missing.
         lines: names of rows that are bounds.
 
@@ -27,7 +28,7 @@ def flops_figure(rows: Sequence[RowResult], path: str | os.PathLike[str], *, lin
         raise ValueError("the figure of a sweep needs at least one row with prefill FLOPs")
     methods: dict[str, list[RowResult]] = {}
     for row in points:
-        methods.setdefault(row.method.rpartition(" ")[0], []).append(row)
+        methods.setdefault(re.sub(r" \d+\b", "", row.method), []).append(row)
     figure = Figure(figsize=(9.5, 6.2), layout="constrained")
     axes = figure.subplots()
     for number, row in enumerate(bounds):

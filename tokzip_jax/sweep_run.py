@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import generate, plots, plots_sweep, second_turn, sharding, sweep
+from tokzip_jax import generate, layout, plots, plots_sweep, second_turn, sharding, sweep, voco
 from tokzip_jax.bench.timing import Case, interleave, spread
 from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import MethodConfig, ModelConfig, RunConfig
@@ -32,7 +32,7 @@ CAPTION = (
     "accuracy: exact match, per cent; % of full = x / {upper}; retention = (x - {lower}) / ({upper} - {lower}).\n"
     "prefill: FLOPs of the language model from a picture's visual tokens to the first token of an answer; prefill ms: "
     "the same measured, the median of {rounds} runs of a batch of {batch} questions divided by {batch}; methods that "
-    "give equally many tokens share the program and the number.\n"
+    "give equally many tokens share the program and the number. VoCo's rows are the run's own, read from their cache.\n"
     "Decoder-site methods keep half of the visual tokens; their count is what the last cut leaves."
 )
 
@@ -85,6 +85,14 @@ class Sweep:
         names = [name for name, row in cfg.rows.items() if not row.stage]
         return [self.base.cached(name, again=self.again) for name in (*names, cfg.eval.lower, cfg.eval.upper)]
 
+    def own(self) -> list[table.RowResult]:
+        """The run's own rows of VoCo tokens, out of its table; none where train.py has not come to its end."""
+        path = self.workdir.eval / "summary.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        rows = {row["method"]: table.RowResult(**row) for row in found}
+        voco = [name for name, row in self.cfg.rows.items() if row.stage and row.method.voco_mask != "visible"]
+        return [rows[name] for name in voco if name in rows and name != self.cfg.eval.lower]
+
     def free(self, line: Line) -> table.RowResult:
         """A row that needs no training; the run's own result where it has the same row."""
         own = next((name for name, row in self.cfg.rows.items() if row == line.row), "")
@@ -136,11 +144,15 @@ class Sweep:
         cfg = self.cfg
         upper = cfg.rows[cfg.eval.upper].method
         lines = {line.name: line for line in self.lines if line.name in done}
-        times = self.prefill([(line.model, line.row.method) for line in lines.values()] + [(cfg.model, upper)])
-        rows = [dataclasses.replace(done[name], prefill_ms=ms) for name, ms in zip(lines, times)]
-        bounds = self.bounds()
-        bounds = [*bounds[:-1], dataclasses.replace(bounds[-1], prefill_ms=times[-1])]
-        return table.with_bounds([*bounds, *rows], upper=cfg.eval.upper, lower=cfg.eval.lower)
+        bounds, own = self.bounds(), self.own()
+        # What a question that picks its own number of tokens takes is no single time.
+        untimed = [*bounds[:-1], *(row for row in own if cfg.rows[row.method].auto.ladder)]
+        own = [row for row in own if row not in untimed]
+        methods = [(cfg.model, upper), *((cfg.model, cfg.rows[row.method].method) for row in own)]
+        times = self.prefill([*methods, *((line.model, line.row.method) for line in lines.values())])
+        rows = [bounds[-1], *own, *(done[name] for name in lines)]
+        rows = [dataclasses.replace(row, prefill_ms=ms) for row, ms in zip(rows, times, strict=True)]
+        return table.with_bounds([*untimed, *rows], upper=cfg.eval.upper, lower=cfg.eval.lower)
 
     def prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
         """Milliseconds a question, the median of runs in turns; kept in the workdir, measured where one is missing."""
@@ -170,11 +182,25 @@ class Sweep:
         prompt = sharding.place(self.mesh, prompt, "data")
         cases = {}
         for name, method in wanted.items():
+            if method.voco_mask != "visible":
+                cases[name] = Case(self._from_cache(params, batch, method))
+                continue
             tokens = _slots(everything, int(name.split()[0]))
             run = functools.partial(_first_logits, cfg.model, shared.reading(method))
             cases[name] = Case(functools.partial(run, shared.language_model(params), prompt, tokens))
         seconds = interleave(cases, runs=ROUNDS)
         return {name: 1000 * spread(values)["median"] / len(batch["example"]) for name, values in seconds.items()}
+
+    def _from_cache(self, params: Params, batch: dict[str, np.ndarray], method: MethodConfig) -> Callable[[], Array]:
+        """Stage two of VoCo tokens: the questions of a batch, read from the cache of its pictures."""
+        model, images = self.cfg.model, self.base.memory.images[np.maximum(batch["example"], 0)]
+        given = {**{name: batch[name] for name in shared.TEXT}, "images": images}
+        ids, asked = layout.question(given, batch["ids"].shape[1])
+        ids = ids[:, : int(asked.sum(axis=1).max())]
+        given = sharding.place(self.mesh, given, "data")
+        build = functools.partial(voco.build, model, method=method, positions="compact")
+        cache = jax.jit(lambda params, batch: build(params, batch))(params, given)
+        return functools.partial(_first_logits_of_cache, model, shared.language_model(params), cache, ids)
 
 
 def _part(workdir: Workdir, stage: str = "") -> Workdir:
@@ -189,6 +215,11 @@ def _first_logits(
     return generate.prefill(cfg, params, batch, method, max_new=1, visual=visual).logits_BV
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _first_logits_of_cache(cfg: ModelConfig, params: Params, cache: voco.VocoCache, ids_BT: Array) -> Array:
+    return voco.ask(cfg, params, cache, ids_BT, max_new=1).logits_BV
+
+
 def _slots(tokens: VisualTokens, count: int) -> VisualTokens:
     """The first `count` of a picture's tokens, or zeros behind them: the time does not depend on which they are."""
     if count > tokens.valid_BM.shape[1]:
@@ -198,7 +229,9 @@ def _slots(tokens: VisualTokens, count: int) -> VisualTokens:
 
 
 def _program(model: ModelConfig, method: MethodConfig) -> str:
-    """What a prefill depends on: the visual tokens that enter, and the decoder site."""
+    """What a prefill depends on: the visual tokens that enter, and the decoder site; or the VoCo tokens in a cache."""
+    if method.voco_mask != "visible":
+        return f"{method.voco} VoCo tokens, {method.voco_mask}"
     count = sweep.vlm.visual_slots(model, dataclasses.replace(method, **shared.NO_DECODER))
     cuts = f" {method.decoder} {method.decoder_layers} {method.decoder_keep}" if method.decoder != "none" else ""
     return f"{count} tokens{cuts}{' biased' if method.attention_bias else ''}"
