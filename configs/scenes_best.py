@@ -4,9 +4,9 @@
 
 It starts from the uncompressed model of a finished run of `configs/scenes.py` in `runs/scenes`
 (`--config=configs/scenes_best.py:DIR` names another one), where one and four VoCo tokens are trained by cross entropy
-for `scenes.STEPS` steps. Here the steps become three times as many; then a KL term to the frozen uncompressed model
-joins; then the vision tower trains too. Each change is made on top of those before it, at one learning rate and with
-three seeds.
+for `scenes.STEPS` steps. Here they start from pooled patches as well as from their embeddings; then the steps become
+three times as many; then a KL term to the frozen uncompressed model joins; then the vision tower trains too. Each change
+is made on top of those before it, at one learning rate and with three seeds.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from tokzip_jax.config_io import to_config_dict
 
 LONGER = 3
 COUNTS = (1, 4)
-CHANGES = ("steps", "kl", "tower")
+# What each stage adds to the one before, and how its rows are called.
+CHANGES = {"start": "pooled start", "steps": f"{LONGER} times the steps", "kl": "KL", "tower": "tower"}
 
 
 def get_config(pictures="runs/scenes"):
@@ -44,8 +45,10 @@ def stages(pictures: str) -> dict[str, c.StageConfig]:
     still = dataclasses.replace(scenes.OPTIM, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
     table = {"base": dataclasses.replace(scenes.towers()["base"], init_from=origin, steps=1, optim=still)}
     for count in COUNTS:
-        stage = dataclasses.replace(scenes.voco(count), steps=LONGER * scenes.STEPS)
-        table[f"steps{count}"] = stage
+        stage = scenes.voco(count)
+        stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, voco_start="pooled"))
+        table[f"start{count}"] = stage
+        table[f"steps{count}"] = stage = dataclasses.replace(stage, steps=LONGER * stage.steps)
         table[f"kl{count}"] = stage = dataclasses.replace(stage, loss=c.LossConfig(kl=1.0))
         table[f"tower{count}"] = dataclasses.replace(stage, train=(*stage.train, "vit/.*"))
     return table
@@ -53,14 +56,14 @@ def stages(pictures: str) -> dict[str, c.StageConfig]:
 
 def rows() -> dict[str, c.RowConfig]:
     """The table, top to bottom."""
-    names = {"steps": f"{LONGER} x steps", "kl": "and KL", "tower": "and tower"}
     table = {
         "question-only prior": c.RowConfig(stage=""),
         "lower": c.RowConfig(method=c.MethodConfig(voco=1, voco_mask="voco")),
     }
     for count in COUNTS:
-        method = c.MethodConfig(voco=count, voco_mask="voco")
+        method = c.MethodConfig(voco=count, voco_mask="voco", voco_start="pooled")
         table |= {
-            f"VoCo {count}, {names[change]}": c.RowConfig(stage=f"{change}{count}", method=method) for change in CHANGES
+            f"VoCo {count} + {name}": c.RowConfig(stage=f"{change}{count}", method=method)
+            for change, name in CHANGES.items()
         }
     return {**table, "upper": c.RowConfig()}

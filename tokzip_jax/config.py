@@ -113,6 +113,8 @@ class MethodConfig:
     packing: str = "tiles"
     voco: int = 0  # VoCo slots of an image
     voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"
+    # What VoCo tokens start from: their "embedding", or "pooled": the mean of the patches of each one's part is added.
+    voco_start: str = "embedding"
     decoder: str = "none"  # a name of tokzip_jax.compress.decoder.DECODER, or "none"
     decoder_layers: tuple[int, ...] = ()  # the cuts: layers that are the first ones to see fewer visual tokens
     decoder_keep: tuple[int, ...] = ()  # tokens of a picture that stay at each cut (SparseVLM adds merged ones)

@@ -2,7 +2,7 @@
 
 import math
 
-from tokzip_jax import decoder_site, encoder_site, layout, masks, projectors, tiling, vlm
+from tokzip_jax import decoder_site, encoder_site, layout, masks, projectors, tiling, vlm, voco_start
 from tokzip_jax.config import MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.projectors import KEEPS_PLACES, PROJECTORS, weights_name
 from tokzip_jax.require import one_of, require
@@ -25,6 +25,14 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
         method.voco > 0 or method.voco_mask == "visible",
         f"{key}.voco = 0 with the VoCo mask {method.voco_mask!r} would hide every picture from the text; "
         "use voco >= 1, or voco_mask='visible'",
+    )
+    one_of(f"{key}.voco_start", method.voco_start, voco_start.STARTS)
+    require(
+        method.voco_start == "embedding"
+        or (method.voco > 0 and method.projector in KEEPS_PLACES and method.packing == "tiles"),
+        f"{key}.voco_start = 'pooled' needs VoCo tokens and visual tokens with a place in a whole picture: {key}.voco "
+        f"= {method.voco} must be >= 1, {key}.projector = {method.projector!r} one of "
+        f"{', '.join(map(repr, KEEPS_PLACES))}, and {key}.packing = {method.packing!r} must be 'tiles'",
     )
     one_of(f"{key}.packing", method.packing, tiling.PACKINGS)
     stitched = method.packing != "tiles"
@@ -81,6 +89,13 @@ def same_projector(key: str, row: RowConfig, cfg: RunConfig) -> None:
         weights_name(method.projector) == weights_name(trained.projector),
         f"{key}.method.projector = {method.projector!r} is not what stage {row.stage!r} trains; it must "
         f"be {trained.projector!r}, or {key}.stage another stage",
+    )
+    require(
+        method.voco == 0
+        or method.voco_start == trained.voco_start == "embedding"
+        or (method.voco_start, method.voco) == (trained.voco_start, trained.voco),
+        f"{key}.method has voco = {method.voco} and voco_start = {method.voco_start!r}, but stage {row.stage!r} trains "
+        f"voco = {trained.voco} and {trained.voco_start!r}: what tokens start from, and from which parts, must agree",
     )
     require(not method.draw_budget, f"{key}.method.draw_budget = True is for training; a row needs a fixed budget")
     most = trained.queries or cfg.model.projector.queries

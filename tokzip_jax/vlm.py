@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import compress, decoder_site, encoder_site, layout, llm, tiling, vit
+from tokzip_jax import compress, decoder_site, encoder_site, layout, llm, tiling, vit, voco_start
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import TABLES
@@ -159,8 +159,13 @@ def encode(
     return project(tokens, features.cls_BD), pooled
 
 
-def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -> Array:
-    """Embeddings of all slots [B, T', D]: text by id, vision from [B, I*M, D], VoCo from its table; padding is 0."""
+def splice(
+    cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array, start_BIkD: Array | None = None
+) -> Array:
+    """Embeddings of all slots [B, T', D]: text by id, vision from [B, I*M, D], VoCo from its table; padding is 0.
+
+    `start_BIkD` is added to the VoCo tokens of the row's pictures (see `voco_start`).
+    """
     dtype = jnp.dtype(cfg.dtype)
     text = params["llm"]["embed"]["table"].astype(dtype)[slots.ids]
     index = jnp.maximum(slots.visual, 0)[:, :, None]
@@ -170,7 +175,12 @@ def splice(cfg: ModelConfig, params: Params, slots: Layout, visual_BVD: Array) -
     if "voco" in params:
         table = params["voco"]["table"].astype(dtype)
         # One row: all VoCo tokens share it (official). Several: each has its own.
-        x = jnp.where(kind == VOCO, table[jnp.clip(slots.voco, 0, table.shape[0] - 1)], x)
+        first = table[jnp.clip(slots.voco, 0, table.shape[0] - 1)]
+        if start_BIkD is not None:
+            rows, _, count, width = start_BIkD.shape
+            index = jnp.maximum((slots.stream.segment - 1) * count + slots.voco, 0)[:, :, None]
+            first += jnp.take_along_axis(start_BIkD.reshape(rows, -1, width).astype(dtype), index, axis=1)
+        x = jnp.where(kind == VOCO, first, x)
     return jnp.where(kind == PAD, 0, x)
 
 
@@ -240,8 +250,12 @@ def embed(
         size = jnp.take_along_axis(visual.size_BM.reshape(rows, -1), jnp.maximum(slots.visual, 0), axis=1)
         stream = dataclasses.replace(slots.stream, size=jnp.where(slots.visual >= 0, size, 0))
         slots = dataclasses.replace(slots, stream=stream)
+    start = None
+    if method.voco and method.voco_start == "pooled":
+        start = voco_start.pooled(visual, method.voco, grid=cfg.vit.grid)
+        start = start.reshape(rows, images, method.voco, -1)
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
-    return splice(cfg, params, slots, flat), slots, visual, pooled
+    return splice(cfg, params, slots, flat, start), slots, visual, pooled
 
 
 def forward(
