@@ -5,8 +5,8 @@
 It starts from the uncompressed model of a finished run of `configs/scenes.py` in `runs/scenes`
 (`--config=configs/scenes_best.py:DIR` names another one), where one and four VoCo tokens are trained by cross entropy
 for `scenes.STEPS` steps. Here they start from pooled patches as well as from their embeddings; then the steps become
-three times as many; then a KL term to the frozen uncompressed model joins; then the vision tower trains too. Each change
-is made on top of those before it, at one learning rate and with three seeds.
+three times as many; then a KL term to the frozen uncompressed model joins; then the vision tower trains too. Each
+change is made on top of those before it, at one learning rate and with three seeds.
 """
 
 import dataclasses
