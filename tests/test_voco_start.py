@@ -10,6 +10,7 @@ import tiny_model as tiny
 
 from tokzip_jax import config_check, llm, method_check, vlm, voco, voco_start
 from tokzip_jax.config import DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
+from tokzip_jax.evals import runner
 from tokzip_jax.types import IMAGE_ID, VOCO, VOCO_ID, VisualTokens
 
 CFG = tiny.MODEL
@@ -94,6 +95,21 @@ def test_both_stages_are_one_masked_pass():
     }
     norms = {start: sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads[start]["projector"])) for start in grads}
     assert norms["embedding"] == 0.0 and np.isfinite(norms["pooled"]) and norms["pooled"] > 0
+
+
+def test_scoring_keeps_the_parts_of_the_row(monkeypatch):
+    """Rows share a program with the most VoCo slots of all stages, but not where a token's part depends on them."""
+    stages = {"base": StageConfig(method=MethodConfig(voco=8)), "voco": StageConfig(method=METHOD)}
+    made = []
+    monkeypatch.setattr(runner, "_scorer", lambda cfg, method, *_: made.append(method) or (lambda *_: np.zeros((1, 1))))
+    batch = {"example": np.array([-1]), "question": np.array([[-1]]), "supervised": np.zeros((1, 3), bool)}
+    monkeypatch.setattr(runner.Runner, "batches", lambda *_: [batch])
+    cfg = RunConfig(model=CFG, stages=stages)
+    run = runner.Runner(cfg, None, jax.make_mesh((1, 1), ("data", "model")), None, [])
+    for method in (METHOD, dataclasses.replace(METHOD, voco_start="embedding")):
+        with pytest.raises(ValueError, match="no question was scored"):
+            run.score({"voco": {}}, method, 0)
+    assert [(method.voco_start, method.voco) for method in made] == [("pooled", 4), ("embedding", 8)]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ class Runner:
         With a ladder in `auto` every question picks its number of VoCo tokens, and their mean is returned too.
         """
         slots = max([method.voco, *(s.method.voco for s in self.cfg.stages.values() if "voco" in params)])
+        if method.voco_start != "embedding":
+            slots = method.voco  # of how many parts the first is, matters
         # What can be an argument is one, so that rows which differ in mask, VoCo count or seed share a program.
         static = dataclasses.replace(method, voco=slots, voco_mask="visible", seed=0)
         visible, count = step.mask_table(method), np.int32(method.voco)
