@@ -47,7 +47,8 @@ def dense(slots, seen, row):
     """A row of a layout without its padding: integers by name, places renumbered."""
     kept = np.flatnonzero(slots.stream.kind[row] != PAD)
     place = {-1: -1, **{int(old): new for new, old in enumerate(kept)}}
-    values = {name: value[row][kept] for name, value in vars(slots.stream).items() if name != "order"}
+    named = {name: value for name, value in vars(slots.stream).items() if name != "order" and value is not None}
+    values = {name: value[row][kept] for name, value in named.items()}
     values |= {name: getattr(slots, name)[row][kept] for name in ("ids", "visual", "voco", "supervised")}
     values["previous"] = np.array([place[int(at)] for at in slots.previous[row][kept]])
     return {**values, "seen": seen[row][np.ix_(kept, kept)]}

@@ -129,7 +129,7 @@ def run_layers(
         ValueError: an `attention` of its own together with a cache, `rows` or sizes.
     """
     if attention is not None and (cache is not None or rows is not None or stream.size is not None):
-        raise ValueError("attention= is for whole rows: it goes with neither a cache, nor rows=, nor stream.size")
+        raise ValueError("attention= is for whole rows: it goes with neither a cache nor rows= nor stream.size")
     hi = cfg.llm.layers if hi is None else hi
     modules = modules_of(cfg.llm, cfg.param_dtype)
     angles = layers.rope_angles(stream.position, cfg.llm.head_dim, cfg.llm.rope_theta)
