@@ -1,6 +1,9 @@
 """Settings of the whole suite: eight CPU devices, guards on, compiled programs kept between runs."""
 
+import functools
 import os
+import shutil
+import tempfile
 
 # Tests speak of CPU devices and CPU numerics; set JAX_PLATFORMS to try them elsewhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,9 +22,13 @@ def pytest_configure(config):
     # Programs run for a moment here and compile for minutes: compile them carelessly.
     jax.config.update("jax_disable_most_optimizations", True)
     cache = getattr(config, "cache", None)
-    if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if cache is None:  # -p no:cacheprovider: for this worker, and the processes that its tests start, alone
+        directory = tempfile.mkdtemp()
+        config.add_cleanup(functools.partial(shutil.rmtree, directory))
+    else:
+        directory = str(cache.mkdir("jax"))
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="module", autouse=True)

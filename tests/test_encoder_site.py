@@ -68,13 +68,14 @@ BATCH = tiny.batch(ROWS, 9)
 
 @functools.partial(jax.jit, static_argnames="method")
 def program(params, batch, method):
-    def loss(params):
-        out = vlm.forward(CFG, params, batch, method)
-        read = out.layout.stream.kind == TEXT
-        return jnp.sum(jnp.where(read[:, :, None], out.hidden_BTD, 0.0) ** 2), out
+    """Up to the language model's first layer: behind it, all methods are alike."""
 
-    (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return out.visual, out.layout.stream.kind, grads
+    def loss(params):
+        x, slots, visual, _ = vlm.embed(CFG, params, batch, method, voco_count=0, key=jax.random.key(method.seed))
+        return jnp.sum(x**2), (visual, slots.stream.kind)
+
+    (_, (visual, kind)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return visual, kind, grads
 
 
 @functools.cache
