@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import threading
+import time
 
 import jax
 import numpy as np
@@ -9,9 +12,10 @@ import pytest
 import small_run
 
 from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, training
-from tokzip_jax.config import AutoConfig, MethodConfig, OptimConfig
+from tokzip_jax.config import AutoConfig, MeshConfig, MethodConfig, OptimConfig
 from tokzip_jax.evals import table
-from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading
+from tokzip_jax.evals.runner import Runner
+from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading, side_by_side
 from tokzip_jax.evals.table import RowResult
 from tokzip_jax.metrics import MetricWriter, read_metrics
 from tokzip_jax.workdir import Workdir
@@ -236,6 +240,42 @@ def test_shared_looks_and_programs_change_no_answer(run, name):
     real = batch["question"] >= 0
     assert np.any(real)
     np.testing.assert_allclose(np.asarray(found[1])[real], np.asarray(expected[1])[real], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_measured_side_by_side_on_one_cpu_device(monkeypatch):
+    """Two wait for one another, under the mesh of the caller; results stand in order; the first error ends it."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    both, begun = threading.Barrier(2, timeout=60), []
+
+    def meet(number):
+        both.wait()
+        return number, jax.sharding.get_mesh() == mesh
+
+    assert side_by_side(mesh, meet, range(4)) == [(number, True) for number in range(4)]
+
+    def fail(number):
+        begun.append(number)
+        if number == 0:
+            raise ValueError("row 0")
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="row 0"):
+        side_by_side(mesh, fail, range(100))
+    assert len(begun) < 100
+    several = sharding.make_mesh(MeshConfig(), jax.devices()[:2])
+    threads = side_by_side(several, lambda _: threading.current_thread(), range(2))
+    assert threads == [threading.current_thread()] * 2
+
+
+def test_parameters_of_one_stage_are_loaded_once(run, monkeypatch):
+    line, runner, params = opened(run, "random 3")
+    loaded = []
+    monkeypatch.setattr(Runner, "load", lambda self, row: loaded.append(row.stage) or params)
+    other = dataclasses.replace(line.row, stage="other")
+    for row in (line.row, line.row, other, line.row):
+        runner.load(row)
+    assert loaded == ["other", line.row.stage]
 
 
 def test_every_question_counts_once_by_its_type(run, monkeypatch):

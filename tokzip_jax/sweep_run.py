@@ -120,7 +120,11 @@ class Sweep:
 
     def rows(self) -> Iterator[list[table.RowResult]]:
         """The rows, after everything without training and after each training: what there is by then."""
-        done = {line.name: self.free(line) for line in self.lines if not line.training}
+        free = [line for line in self.lines if not line.training]
+        if free:
+            # What all of them need is there before they begin, and not made by each.
+            self.bounds()
+        done = dict(zip([line.name for line in free], shared.side_by_side(self.mesh, self.free, free)))
         if done:
             yield self.in_order(done)
         left: dict[str, list[Line]] = {}
@@ -188,6 +192,7 @@ class Sweep:
             tokens = _slots(everything, int(name.split()[0]))
             run = functools.partial(_first_logits, cfg.model, shared.reading(method))
             cases[name] = Case(functools.partial(run, shared.language_model(params), prompt, tokens))
+        shared.side_by_side(self.mesh, lambda case: jax.block_until_ready(case.function()), cases.values())  # compiles
         seconds = interleave(cases, runs=ROUNDS)
         return {name: 1000 * spread(values)["median"] / len(batch["example"]) for name, values in seconds.items()}
 

@@ -3,9 +3,12 @@
 A method costs what it does to the features and one pass of the language model. The result is `Runner`'s own.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 from tokzip_jax import encoder_site, layout, sharding, step, vlm
 from tokzip_jax.compress.entry import ABOUT_QUESTION
-from tokzip_jax.config import AutoConfig, MethodConfig, ModelConfig, ProjectorConfig
+from tokzip_jax.config import AutoConfig, MethodConfig, ModelConfig, ProjectorConfig, RowConfig
 from tokzip_jax.evals import scoring
 from tokzip_jax.evals.runner import FIXED, Runner
 from tokzip_jax.types import Array, Params, VisionFeatures, VisualTokens
 
 SLOTS = 16  # methods that give up to so many tokens are read by one program
+AT_ONCE = 4  # rows that are measured side by side, at most
 TEXT = ("ids", "thread", "sample", "supervised")
 _DECODER = tuple(field.name for field in dataclasses.fields(MethodConfig) if field.name.startswith("decoder"))
 NO_DECODER = {name: getattr(MethodConfig(), name) for name in _DECODER}
@@ -36,12 +40,34 @@ class Memory:
         images: uint8 [N, I, H, W, 3], one entry an example; None until it was read.
         batches: by questions a row: rows without pictures, their text cut to the longest one.
         features: what was seen of the pictures, by what was done to them; arrays [N * I, ...].
+        params: the parameters that were loaded last, and what they were loaded for.
+        lock: held while something is put in here.
     """
 
     signals: tuple[str, ...] = ()
     images: np.ndarray | None = None
     batches: dict[int, list[dict[str, np.ndarray]]] = dataclasses.field(default_factory=dict)
     features: dict[MethodConfig, VisionFeatures] = dataclasses.field(default_factory=dict)
+    params: tuple[Any, Params] | None = None
+    lock: Any = dataclasses.field(default_factory=threading.RLock)
+
+
+def side_by_side(mesh: Mesh, function: Callable[[Any], Any], arguments: Iterable[Any]) -> list[Any]:
+    """[function(argument), ...], on one CPU device by some threads at once; elsewhere one after the other.
+
+    XLA's own threads find next to nothing to share in programs of so few tokens, and compile one program at a time.
+    The first error is raised; what has not begun by then is left.
+    """
+    workers = min(AT_ONCE, os.cpu_count() or 1)
+    if workers == 1 or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return [function(argument) for argument in arguments]
+
+    def work(argument: Any) -> Any:
+        with jax.set_mesh(mesh):  # every thread has a mesh of its own
+            return function(argument)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, arguments))
 
 
 def pad(tokens: VisualTokens, slots: int) -> VisualTokens:
@@ -127,8 +153,21 @@ class SharedRunner(Runner):
 
     memory: Memory = dataclasses.field(default_factory=Memory)
 
+    def load(self, row: RowConfig) -> Params:
+        """As in `Runner`; what was loaded last is kept, for rows without a training of their own all read the same."""
+        wanted = (self.checkpoint, str(self.workdir.root), row.stage, row.method.projector, self.cfg.model)
+        with self.memory.lock:
+            if self.memory.params is None or self.memory.params[0] != wanted:
+                self.memory.params = None  # no two models at once
+                self.memory.params = (wanted, super().load(row))
+            return self.memory.params[1]
+
     def rows(self) -> list[dict[str, np.ndarray]]:
         """The eval rows without pictures."""
+        with self.memory.lock:
+            return self._rows()
+
+    def _rows(self) -> list[dict[str, np.ndarray]]:
         memory, questions = self.memory, self.cfg.data.questions
         if questions not in memory.batches:
             found, images = [], {}
@@ -145,6 +184,10 @@ class SharedRunner(Runner):
 
     def features(self, params: Params, method: MethodConfig) -> VisionFeatures:
         """What the tower says of every picture: one look for all methods that leave it as it is."""
+        with self.memory.lock:
+            return self._features(params, method)
+
+    def _features(self, params: Params, method: MethodConfig) -> VisionFeatures:
         own = inside(self.cfg.model, method)
         key = MethodConfig(encoder=method.encoder, tokens=method.tokens, options=method.options)
         key = key if own else MethodConfig()
