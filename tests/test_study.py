@@ -114,14 +114,18 @@ def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
     shapes = {"images": ((8, 1, 64, 64, 3), "uint8"), "captions": ((8, 48), "int32")}
     shapes |= {name: ((8, 160), "int32") for name in ("ids", "thread", "sample")} | {"supervised": ((8, 160), "bool")}
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    texts, keys = [], []
+    texts, keys, programs = [], [], []
     for variant in (Variant("pooled", 1e-3, 0), Variant("pooled", 2e-3, 0, 9), Variant("pooled", 1e-3, 1)):
         stage = recipe.prepare(with_variant(cfg, variant), variant.name, mesh, Workdir(tmp_path))
         given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stage.given(0))
         with jax.set_mesh(mesh):
             texts.append(stage.run_step.lower(stage.abstract, batch, None, given).as_text())
         keys.append(stage.given(0)["key"].tolist())
-    assert texts[0] == texts[1] == texts[2]
+        programs.append(stage.run_step)
+    assert texts[0] == texts[1] == texts[2] and programs[0] is programs[1] is programs[2]
+    cold = dataclasses.replace(cfg.stages["pooled"], optim=dataclasses.replace(cfg.stages["pooled"].optim, b2=0.5))
+    other = dataclasses.replace(cfg, stages={**cfg.stages, "pooled": cold})
+    assert recipe.prepare(other, "pooled", mesh, Workdir(tmp_path)).run_step is not programs[0]
     # One seed draws the same whatever the rate and length, and what the stage itself draws; another one does not.
     assert keys[0] == keys[1] == recipe.prepare(cfg, "pooled", mesh, Workdir(tmp_path)).given(0)["key"].tolist()
     assert keys[2] != keys[0]

@@ -81,7 +81,12 @@ def initial(cfg: ModelConfig, projector: str, deltas: LoraConfig, key: Array) ->
 
 def shapes(cfg: RunConfig, projector: str, deltas: LoraConfig = NO_DELTAS) -> Params:
     """The parameters that `initial` makes, as `ShapeDtypeStruct`s."""
-    return jax.eval_shape(lambda key: initial(cfg.model, projector, deltas, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf, _shapes(cfg.model, projector, deltas))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(cfg: ModelConfig, projector: str, deltas: LoraConfig) -> Params:
+    return jax.eval_shape(lambda key: initial(cfg, projector, deltas, key), jax.random.key(0))
 
 
 def check_deltas(source: str, abstract: Params) -> None:
@@ -145,13 +150,18 @@ def _initial_params(cfg: RunConfig, stage: StageConfig, mesh: Mesh, workdir: Wor
     if not stage.init_from:
         return sharding.sharded_init(init, mesh, key)
     source = _source(workdir, cfg, stage.init_from)
-    abstract = sharding.abstract_like(mesh, jax.eval_shape(init, key))
+    abstract = sharding.abstract_like(mesh, shapes(cfg, stage.method.projector, stage.lora))
     new = checkpoint.absent(source, abstract, FRESH)
     if not new:
         return checkpoint.load_params(source, abstract)
     # Only what the checkpoint lacks is made: a second whole model might not fit.
     say(f"not in {stage.init_from} and made fresh: {', '.join(new)}")
-    drawn = sharding.sharded_init(lambda key: step.nest({p: flatten(init(key))[p] for p in new}), mesh, key)
+
+    def lacking(key: Array) -> Params:
+        made = flatten(init(key))
+        return step.nest({path: made[path] for path in new})
+
+    drawn = sharding.sharded_init(lacking, mesh, key)
     found = checkpoint.load_params(source, step.nest({p: v for p, v in flatten(abstract).items() if p not in new}))
     return step.merge(found, drawn)
 
@@ -176,6 +186,62 @@ def _matches(patterns: Iterable[str], path: str) -> bool:
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
+def _state(stage: StageConfig, params: Params) -> TrainState:
+    trained, _ = step.partition(params, stage.train)
+    tx = optim.make_optimizer(stage.optim, 0.0, params, stage.train)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trained))
+
+
+def _abstract(mesh: Mesh, stage: StageConfig, params: Params) -> TrainState:
+    return sharding.abstract_like(mesh, jax.eval_shape(functools.partial(_state, stage), params))
+
+
+def _places(abstract: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _of_any_length(stage: StageConfig) -> StageConfig:
+    """A stage without what its program is told step by step: rate, length and seed, and where it began."""
+    optim = dataclasses.replace(stage.optim, learning_rate=0.0, warmup_steps=0, final_fraction=0.0)
+    return dataclasses.replace(stage, init_from="", steps=1, seed=0, drawn_as="", optim=optim)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+    model: ModelConfig, stage: StageConfig, targets: int, mesh: Mesh, method: MethodConfig, reads: MethodConfig | None
+) -> RunStep:
+    """The jitted step of stages that are `_of_any_length` the same: a study traces and compiles it once."""
+    params = _shapes(model, stage.method.projector, stage.lora)
+    changed = dataclasses.replace(stage, method=method)
+
+    def run_step(
+        current: TrainState, batch: dict[str, Array], teacher: Params | None, given: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key, counts = jax.random.wrap_key_data(given["key"]), given["counts"]
+        if stage.voco_draw != "turn":
+            # Out of the step's number, like all that is random here: a run that was resumed draws the same.
+            counts = elastic.draw(stage, key, current.step, batch["ids"].shape[0])
+        following, metrics = step.train_step(
+            model,
+            changed,
+            optim.make_optimizer(stage.optim, given["rate"], params, stage.train),
+            current,
+            batch,
+            teacher=teacher,
+            reads=reads,
+            voco_count=counts if reads is None else counts[0],
+            teacher_count=0 if reads is None else counts[1],
+            key=key,
+            max_targets=targets,
+        )
+        if reads is not None:
+            read = counts if stage.progressive.site == "voco" else (method.tokens, reads.tokens)
+            metrics |= {"student_tokens": jnp.float32(read[0]), "teacher_tokens": jnp.float32(read[1])}
+        return following, {**metrics, "learning_rate": given["rate"]}
+
+    return jax.jit(run_step, donate_argnums=0, out_shardings=(_places(_abstract(mesh, stage, params)), None))
+
+
 def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
     """Everything of a stage but its data.
 
@@ -197,53 +263,15 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
     def given(number: int) -> dict[str, np.ndarray]:
         return {"rate": rates[number], "key": key, "counts": np.int32(voco_count(stage, number))}
 
-    def state(params: Params) -> TrainState:
-        trained, _ = step.partition(params, stage.train)
-        tx = optim.make_optimizer(stage.optim, 0.0, params, stage.train)
-        return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trained))
-
-    abstract = sharding.abstract_like(mesh, jax.eval_shape(state, params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    abstract = _abstract(mesh, stage, params)
 
     def begin() -> TrainState:
         params = _initial_params(cfg, stage, mesh, workdir, keys()[0])
-        return jax.jit(state, out_shardings=shardings, donate_argnums=0)(params)
+        begun = functools.partial(_state, stage)
+        return jax.jit(begun, out_shardings=_places(abstract), donate_argnums=0)(params)
 
-    def run_step(
-        method: MethodConfig,
-        reads: MethodConfig | None,
-        current: TrainState,
-        batch: dict[str, Array],
-        teacher: Params | None,
-        given: dict[str, Array],
-    ) -> tuple[TrainState, dict[str, Array]]:
-        key, counts = jax.random.wrap_key_data(given["key"]), given["counts"]
-        if stage.voco_draw != "turn":
-            # Out of the step's number, like all that is random here: a run that was resumed draws the same.
-            counts = elastic.draw(stage, key, current.step, batch["ids"].shape[0])
-        following, metrics = step.train_step(
-            cfg.model,
-            dataclasses.replace(stage, method=method),
-            optim.make_optimizer(stage.optim, given["rate"], params, stage.train),
-            current,
-            batch,
-            teacher=teacher,
-            reads=reads,
-            voco_count=counts if reads is None else counts[0],
-            teacher_count=0 if reads is None else counts[1],
-            key=key,
-            max_targets=cfg.data.targets or cfg.data.text_length,
-        )
-        if reads is not None:
-            read = counts if stage.progressive.site == "voco" else (method.tokens, reads.tokens)
-            metrics |= {"student_tokens": jnp.float32(read[0]), "teacher_tokens": jnp.float32(read[1])}
-        return following, {**metrics, "learning_rate": given["rate"]}
-
-    @functools.cache
-    def program(method: MethodConfig, reads: MethodConfig | None) -> RunStep:
-        one = functools.partial(run_step, method, reads)
-        return jax.jit(one, donate_argnums=0, out_shardings=(shardings, None))
-
+    targets = cfg.data.targets or cfg.data.text_length
+    program = functools.partial(_program, cfg.model, _of_any_length(stage), targets, mesh)
     budget = None
     if stage.progressive.site:
         budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed + stage.seed, name=drawn_as)
