@@ -119,7 +119,8 @@ def test_what_is_refused(asked, budgets, words, tmp_path):
 def test_rates_of_a_run_without_a_study_are_searched_where_a_split_can_choose(tmp_path):
     cfg = small_run.tiny(str(tmp_path))
     held = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, held_out=4))
-    studied = dataclasses.replace(cfg, study=dataclasses.replace(cfg.study, learning_rates=(1e-4, 5e-4)))
+    study = dataclasses.replace(cfg.study, learning_rates=(1e-4, 5e-4), equal_time="voco")
+    studied = dataclasses.replace(cfg, study=study)
     for given, rates in ((cfg, ()), (held, (0.0015, 0.003, 0.006)), (studied, (1e-4, 5e-4))):
         found = sweep.run_config(given, sweep.plan(given, ["ldp"], (4,))[0])
         assert found.study.learning_rates == rates and found.study.equal_time == "pooled"
@@ -171,6 +172,7 @@ def test_a_second_call_measures_nothing(run, monkeypatch):
     assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
     assert (workdir.eval / "methods" / "table.txt").read_text().strip() in text
     assert "downsample 3: 3 tokens are no smaller square grid" in text
+    assert "the time of stage 'pooled'; VoCo's rows were not" in text
 
 
 def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
@@ -185,6 +187,7 @@ def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
         (other.root / name).parent.mkdir(parents=True, exist_ok=True)
         (other.root / name).symlink_to(workdir.root / name)
     numbers = {"visual_tokens": 2, "accuracy_by_type": {}, "accuracy_not_yes_no": None, "prefill_flops": 7.0}
+    numbers |= {"accuracy_equal_time": 0.5, "spread_equal_time": 0.0}
     rows = [RowResult(method=name, accuracy=0.75, **numbers) for name in ("lower", "VoCo 2", "k=auto")]
     table.write(rows, other.eval)
     lines, _ = sweep.plan(cfg, ["cls_attention"], (3,))
@@ -199,7 +202,7 @@ def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
     kept = json.loads((other.eval / "methods" / "prefill.json").read_text())
     assert set(kept) == {"2 VoCo tokens, voco", "3 tokens", "16 tokens"}
     assert kept["2 VoCo tokens, voco"] == times["VoCo 2"]
-    assert found[4].accuracy == 0.75
+    assert found[4].accuracy == 0.75 and found[4].accuracy_equal_time is None
 
 
 def opened(run, name, memory=None):

@@ -172,7 +172,8 @@ def run_config(cfg: RunConfig, lines: Sequence[Line]) -> RunConfig:
     stages = {origin: dataclasses.replace(cfg.stages[origin], init_from="")}
     trained = {line.row.stage: line.training for line in lines if line.training}
     if trained:
-        name = cfg.study.equal_time or template(cfg)
+        # Not the study's own `equal_time`: a stage with VoCo tokens, twice as long, would double the work of a sweep.
+        name = template(cfg)
         stages[name] = cfg.stages[name]  # for its steps and the time of one
         study = dataclasses.replace(cfg.study, stages=tuple(trained), learning_rates=_rates(cfg), equal_time=name)
     else:

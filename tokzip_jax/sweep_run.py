@@ -35,6 +35,7 @@ CAPTION = (
     "give equally many tokens share the program and the number. VoCo's rows are the run's own, read from their cache.\n"
     "Decoder-site methods keep half of the visual tokens; their count is what the last cut leaves."
 )
+EQUAL = "equal time: trained for as many steps as take the time of stage {name!r}; VoCo's rows were not."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Sweep:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         rows = {row["method"]: table.RowResult(**row) for row in found}
         voco = [name for name, row in self.cfg.rows.items() if row.stage and row.method.voco_mask != "visible"]
-        return [rows[name] for name in voco if name in rows and name != self.cfg.eval.lower]
+        # Of another length than the sweep's trainings at equal time.
+        lengthless = {"accuracy_equal_time": None, "spread_equal_time": None}
+        return [dataclasses.replace(rows[n], **lengthless) for n in voco if n in rows and n != self.cfg.eval.lower]
 
     def free(self, line: Line) -> table.RowResult:
         """A row that needs no training; the run's own result where it has the same row."""
@@ -292,6 +295,8 @@ def _write(work: Sweep, rows: list[table.RowResult], refused: list[Refused]) -> 
     caption = CAPTION.format(
         upper=cfg.eval.upper, lower=cfg.eval.lower, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"])
     )
+    if any(line.training for line in work.lines):
+        caption += "\n" + EQUAL.format(name=sweep.template(cfg))
     cannot = "\n".join(f"{line.method} {line.tokens}: {line.reason}" for line in refused)
     if jax.process_index() == 0:
         table.write(rows, folder)
