@@ -49,7 +49,7 @@ def run_config() -> c.RunConfig:
         ),
         stages={**towers(), **trained},
         rows=table,
-        eval=c.EvalConfig(batch_size=64, order=tuple(table)),
+        eval=c.EvalConfig(batch_size=64, order=tuple(table), pictures=3),
         study=c.StudyConfig(
             stages=tuple(trained), learning_rates=(1e-3, 2e-3, 4e-3), seeds=(0, 1, 2), equal_time="voco1", limit=500
         ),

@@ -160,6 +160,10 @@ def test_retention_figure(tmp_path, figures):
     assert list(voco.get_ydata()) == pytest.approx([48, 48.25])
     # 65 would touch 64's label, had 64 one; 1, 4, 16 and 65 stand apart.
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "4", "16", "65"]
+    mean = result("auto", 1.93, 0.9)
+    for rows, ticks in (([*ROWS, mean], ["1", "4", "16", "65"]), ([mean], ["1.93"])):
+        plots.retention_figure(rows, tmp_path / "means.png")
+        assert [tick.get_text() for tick in figures[-1].axes[0].get_xticklabels()] == ticks
 
 
 def test_no_two_labels_of_the_retention_figure_overlap(tmp_path, figures):

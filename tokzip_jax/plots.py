@@ -25,6 +25,7 @@ from tokzip_jax.types import VisualTokens
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#555555")
 MARKERS = "osD^vPX*"
 TITLE_SIZE = 9
+SIDE_BY_SIDE = 8  # panels that a page has room for
 MERGED_ALPHA = 0.55
 LINE_STYLES = ((0, (1, 1.5)), (0, (5, 2)), "-", (0, (5, 1.5, 1, 1.5)))
 
@@ -128,7 +129,10 @@ def _draw_families(axes: Axes, families: dict[str, list[RowResult]], key: str) -
 
 
 def _token_axis(axes: Axes, counts: Sequence[float]) -> None:
-    """A logarithmic axis with ticks at the counts that occur, but for those that would touch their neighbour."""
+    """A logarithmic axis with ticks at the counts that occur, but for those that would touch their neighbour.
+
+    Means, of questions that pick their number, have a tick where there is no whole number.
+    """
     axes.grid(axis="y", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     if not counts:
@@ -137,7 +141,7 @@ def _token_axis(axes: Axes, counts: Sequence[float]) -> None:
     low, high = min(counts), max(counts)
     gap = max(np.log2(high / low), 1) / 9
     ticks: list[float] = []
-    for count in sorted(set(counts)):
+    for count in sorted({count for count in counts if count == int(count)} or set(counts)):
         if not ticks or np.log2(count / ticks[-1]) >= gap:
             ticks.append(count)
     axes.set_xticks(ticks, [token_count(tick) for tick in ticks])
@@ -171,9 +175,10 @@ def kept_tokens_figure(
     _check_panels(pictures_BHWC, panels)
     count = side_by_side or len(panels[0])
     bands = [slice(start, start + count) for start in range(0, len(panels[0]), count)]
-    widths = [1.0, *(max(map(_width, panels[0][number::count])) for number in range(min(count, len(panels[0]))))]
-    height, title = 1.75, 0.46
-    across = height * sum(widths) + 0.15 * len(widths)
+    every = [[1.0, *map(_width, panels[0][band])] for band in bands]
+    height, title, between = 1.75, 0.46, 0.06
+    longest = max(sum(widths) + between * len(widths) for widths in every)
+    across = height * longest
     # The legend's entries side by side are 7 inches wide; a narrower figure has them in two lines or four.
     columns = 4 if across >= 7 else 2 if across >= 4.5 else 1
     below = 0.14 + 0.2 * (4 // columns)
@@ -182,15 +187,19 @@ def kept_tokens_figure(
     # Margins in inches, so that titles and legend have the same room whatever the number of pictures.
     margins = {"left": 0.01, "right": 0.99, "top": 1 - (title - 0.01) / inches, "bottom": below / inches}
     outer = figure.add_gridspec(len(bands), 1, hspace=title / (height * len(panels)), **margins)
-    for band, where in zip(bands, outer):
-        grid = where.subgridspec(len(panels), len(widths), width_ratios=widths, wspace=0.06, hspace=0.06)
+    for band, widths, where in zip(bands, every, outer):
+        # Every second column is a gap. Behind a shorter band's last one the room stays empty, so that panels are
+        # equally large in all bands and stand below one another.
+        ratios = [ratio for width in widths for ratio in (width, between)]
+        ratios[-1] += longest - sum(ratios)
+        grid = where.subgridspec(len(panels), len(ratios), width_ratios=ratios, wspace=0, hspace=between)
         for row, (picture, chosen) in enumerate(zip(pictures_BHWC, panels)):
             axes = _bare(figure, grid[row, 0], picture)
             if row == 0:
                 axes.set_title("picture", fontsize=TITLE_SIZE)
             for column, panel in enumerate(chosen[band], start=1):
                 draw = _draw_kept if isinstance(panel, KeptPanel) else _draw_looks
-                draw(figure, grid[row, column], picture, panel, row == 0)
+                draw(figure, grid[row, 2 * column], picture, panel, row == 0)
     if any(isinstance(panel, KeptPanel) for panel in panels[0]):
         figure.legend(handles=_kept_legend(), loc="lower center", ncols=columns, frameon=False, fontsize=9)
     _save(figure, path)

@@ -27,7 +27,7 @@ from tokzip_jax.workdir import Workdir, write_atomically
 
 FOLDER = "methods"  # under eval/
 ROUNDS = 5  # of the timing
-KEPT_PICTURES, SIDE_BY_SIDE = 3, 8  # of the figure of kept tokens
+KEPT_PICTURES = 3  # of the figure of kept tokens
 CAPTION = (
     "accuracy: exact match, per cent; % of full = x / {upper}; retention = (x - {lower}) / ({upper} - {lower}).\n"
     "prefill: FLOPs of the language model from a picture's visual tokens to the first token of an answer; prefill ms: "
@@ -326,8 +326,8 @@ def draw(work: Sweep, rows: list[table.RowResult], budgets: Sequence[int]) -> No
             [plots.kept_panel(name, tokens, int(np.argmax(examples == example))) for name, tokens, examples in panels]
             for example in shown
         ]
-        path = figures / "methods_kept.png"
-        plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, path, side_by_side=SIDE_BY_SIDE)
+        path, pictures = figures / "methods_kept.png", work.base.memory.images[list(shown), 0]
+        plots.kept_tokens_figure(pictures, columns, path, side_by_side=plots.SIDE_BY_SIDE)
 
 
 def _replicated(tokens: VisualTokens, mesh: Mesh) -> VisualTokens:
