@@ -154,7 +154,7 @@ def kept_tokens_figure(
     panels: Sequence[Sequence[KeptPanel | LooksPanel]],
     path: str | os.PathLike[str],
     *,
-    side_by_side: int = 0,
+    side_by_side: int = SIDE_BY_SIDE,
 ) -> None:
     """Draw a row per picture: the picture, and one panel per method.
 

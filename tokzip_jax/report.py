@@ -57,9 +57,7 @@ def draw(runner: Runner, rows: list[table.RowResult]) -> None:
     plots.retention_figure(rows, figures / "retention.png", lines=bounds)
     if columns:
         panels = [[column(row) for column in columns] for row in range(len(batch["images"]))]
-        plots.kept_tokens_figure(
-            batch["images"][:, 0], panels, figures / "kept_tokens.png", side_by_side=plots.SIDE_BY_SIDE
-        )
+        plots.kept_tokens_figure(batch["images"][:, 0], panels, figures / "kept_tokens.png")
 
 
 def _first_pictures(runner: Runner, count: int) -> dict[str, np.ndarray]:

@@ -326,8 +326,7 @@ def draw(work: Sweep, rows: list[table.RowResult], budgets: Sequence[int]) -> No
             [plots.kept_panel(name, tokens, int(np.argmax(examples == example))) for name, tokens, examples in panels]
             for example in shown
         ]
-        path, pictures = figures / "methods_kept.png", work.base.memory.images[list(shown), 0]
-        plots.kept_tokens_figure(pictures, columns, path, side_by_side=plots.SIDE_BY_SIDE)
+        plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, figures / "methods_kept.png")
 
 
 def _replicated(tokens: VisualTokens, mesh: Mesh) -> VisualTokens:
