@@ -231,6 +231,7 @@ BAD = {
     "model.attention": ("flash", r"model\.attention = 'flash' is unknown; choose one of 'cudnn', 'einsum'"),
     "model.remat": ("half", r"model\.remat = 'half' is unknown"),
     "model.dtype": ("int8", r"model\.dtype = 'int8' is unknown; choose one of 'float32'"),
+    "model.voco_cells": (5, r"model\.voco_cells = 5 must lie between 0 and 4"),
     "model.contrast_dim": (-1, r"model\.contrast_dim = -1 must be >= 0"),
     "data.vocab_size": (65, r"data\.vocab_size = 65 must lie between 5 and 64"),
     "data.targets": (33, r"data\.targets = 33 must lie between 0 and 32"),

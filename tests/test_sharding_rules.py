@@ -24,7 +24,7 @@ from tokzip_jax.step import nest
 
 VIT = VitConfig(image_size=16, patch_size=8, width=16, layers=3, heads=4, mlp_dim=32)
 LLM = LlmConfig(vocab_size=64, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_dim=32)
-MODEL = ModelConfig(vit=VIT, llm=LLM, contrast_dim=8)
+MODEL = ModelConfig(vit=VIT, llm=LLM, contrast_dim=8, voco_cells=2)
 
 
 def init_params(key):
@@ -64,6 +64,7 @@ def test_rules_by_hand():
     assert found["llm/layers/0/norm1/scale"] == found["vit/post_norm/bias"] == found["contrast/scale"] == P()
     assert found["llm/embed/table"] == P("model", "data")
     assert found["llm/head/w"] == P("data", "model")
+    assert found["voco/cells/w"] == P(None, "data", "model")
     assert found["vit/patch/kernel"] == P(None, None, None, "data")
     for path, spec in found.items():
         assert "/layers/" not in path or not spec or spec[0] is None  # the layer axis is never split
@@ -72,7 +73,7 @@ def test_rules_by_hand():
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear", "avgpool_linear"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_covered(projector, tied):
-    model = ModelConfig(vit=VIT, llm=LlmConfig(**{**vars(LLM), "tied_head": tied}), contrast_dim=8)
+    model = ModelConfig(vit=VIT, llm=LlmConfig(**{**vars(LLM), "tied_head": tied}), contrast_dim=8, voco_cells=2)
     params = jax.eval_shape(functools.partial(vlm.init, model, projector), jax.random.key(0))
     for leaf in jax.tree.leaves(sharding.param_shardings(mesh_of(2, 4), params)):
         assert isinstance(leaf, jax.sharding.NamedSharding)

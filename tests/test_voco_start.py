@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import config_check, llm, method_check, vlm, voco, voco_start
+from tokzip_jax import config_check, llm, method_check, optim, vlm, voco, voco_start
 from tokzip_jax.config import DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.evals import runner
 from tokzip_jax.types import IMAGE_ID, VOCO, VOCO_ID, VisualTokens
@@ -45,6 +45,57 @@ def test_means_of_parts(count):
             if valid[picture, token] and place >= 0 and (y * rows // 6, x * columns // 6) == divmod(part, columns):
                 inside += [tokens[picture, token]] * size[picture, token]
         np.testing.assert_allclose(found[picture, part], np.mean(inside, axis=0) if inside else 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_cells_have_matrices_of_their_own(count):
+    """3 x 3 cells of 2 x 2 patches, of which two parts share some; without weights nothing is added to the means."""
+    rng = np.random.default_rng(count)
+    position = np.stack([np.append(rng.permutation(36)[:20], -1) for _ in range(3)]).astype(np.int32)
+    valid, size = rng.random(position.shape) < 0.8, rng.integers(1, 4, position.shape).astype(np.int32)
+    tokens = rng.normal(size=(*position.shape, 5)).astype(np.float32)
+    visual = VisualTokens(tokens, valid, position, size, np.zeros((3, 36), np.int32))
+    weights = rng.normal(size=(9, 5, 5)).astype(np.float32)
+    found = np.asarray(voco_start.from_cells(visual, count, weights, grid=6))
+    expected = np.asarray(voco_start.pooled(visual, count, grid=6)).copy()
+    np.testing.assert_array_equal(voco_start.from_cells(visual, count, 0 * weights, grid=6), expected)
+    rows, columns = voco_start.parts(count)
+    for picture, part, cell in np.ndindex(3, count, 9):
+        inside = []
+        for token, place in enumerate(position[picture]):
+            y, x = divmod(int(place), 6)
+            here = (y * rows // 6, x * columns // 6) == divmod(part, columns) and (y // 2, x // 2) == divmod(cell, 3)
+            if valid[picture, token] and place >= 0 and here:
+                inside += [tokens[picture, token]] * size[picture, token]
+        if inside:
+            expected[picture, part] += np.mean(inside, axis=0) @ weights[cell]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_cells_begin_as_pooling_and_learn():
+    """Fresh matrices are zero: the model answers as with pooled starts, and its gradient moves every cell's matrix."""
+    cfg = dataclasses.replace(CFG, voco_cells=2)
+    fresh = vlm.init(cfg, "mlp2x_gelu", jax.random.key(0))["voco"]["cells"]
+    params = {**tiny.params(), "voco": {**tiny.params()["voco"], "cells": fresh}}
+    batch = tiny.batch(ROWS, 9, count=2)
+
+    def total(cells, method):
+        hidden = vlm.forward(cfg, {**params, "voco": {**params["voco"], "cells": cells}}, batch, method).hidden_BTD
+        return jnp.sum(llm.logits(cfg, params["llm"], hidden) ** 2)
+
+    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    method = dataclasses.replace(METHOD, voco=1, voco_start="cells")
+    value, grads = run(fresh, method)
+    assert value == run(fresh, dataclasses.replace(method, voco_start="pooled"))[0]
+    size = np.abs(np.asarray(grads["w"])).sum(axis=(1, 2))
+    assert size.shape == (4,) and np.all(np.isfinite(size)) and np.all(size > 0)
+    assert optim.matrix_axes("voco/cells/w") is not None
+
+
+def test_cells_need_matrices():
+    with pytest.raises(ValueError, match=r"x\.voco_start = 'cells' needs a matrix a cell: set model\.voco_cells"):
+        method_check.check("x", dataclasses.replace(METHOD, voco_start="cells"), CFG)
+    method_check.check("x", dataclasses.replace(METHOD, voco_start="cells"), dataclasses.replace(CFG, voco_cells=2))
 
 
 def embedded(method):
@@ -91,7 +142,7 @@ def test_both_stages_are_one_masked_pass():
 
     grads = {
         start: jax.jit(jax.grad(total), static_argnums=1)(params, dataclasses.replace(METHOD, voco_start=start))
-        for start in voco_start.STARTS
+        for start in ("embedding", "pooled")
     }
     norms = {start: sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads[start]["projector"])) for start in grads}
     assert norms["embedding"] == 0.0 and np.isfinite(norms["pooled"]) and norms["pooled"] > 0

@@ -79,6 +79,7 @@ class ModelConfig:
     llm: LlmConfig = LlmConfig()
     projector: ProjectorConfig = ProjectorConfig()
     voco_embeddings: int = 1  # 1: all VoCo tokens share one embedding (official); n: n of their own, the most usable
+    voco_cells: int = 0  # cells along a picture's side, each with a matrix for `voco_start` = "cells"; 0 = no matrices
     image_newline: bool = False  # a learned embedding behind each row of a stitched picture, see `method.packing`
     contrast_dim: int = 0  # width of the CLS/caption contrastive space; 0 = no contrastive head
     param_dtype: str = "float32"
@@ -113,7 +114,8 @@ class MethodConfig:
     packing: str = "tiles"
     voco: int = 0  # VoCo slots of an image
     voco_mask: str = "visible"  # "visible" (plain causal), "voco" (text sees VoCo, not vision) or "prefix_visible"
-    # What VoCo tokens start from: their "embedding", or "pooled": the mean of the patches of each one's part is added.
+    # What VoCo tokens start from: their "embedding"; "pooled": the mean of the patches of each one's part is added; or
+    # "cells": that, and the mean of each cell of the part through a matrix of the cell's own (`model.voco_cells`).
     voco_start: str = "embedding"
     decoder: str = "none"  # a name of tokzip_jax.compress.decoder.DECODER, or "none"
     decoder_layers: tuple[int, ...] = ()  # the cuts: layers that are the first ones to see fewer visual tokens

@@ -137,6 +137,7 @@ def _model(model: ModelConfig) -> None:
     for name in ("param_dtype", "dtype", "logits_dtype"):
         one_of(f"model.{name}", getattr(model, name), DTYPES)
     at_least("model.voco_embeddings", model.voco_embeddings, 1)
+    within("model.voco_cells", model.voco_cells, 0, vit.grid)
     at_least("model.contrast_dim", model.contrast_dim, 0)
 
 

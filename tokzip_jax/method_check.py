@@ -30,9 +30,13 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
     require(
         method.voco_start == "embedding"
         or (method.voco > 0 and method.projector in KEEPS_PLACES and method.packing == "tiles"),
-        f"{key}.voco_start = 'pooled' needs VoCo tokens and visual tokens with a place in a whole picture: {key}.voco "
-        f"= {method.voco} must be >= 1, {key}.projector = {method.projector!r} one of "
+        f"{key}.voco_start = {method.voco_start!r} needs VoCo tokens and visual tokens with a place in a whole "
+        f"picture: {key}.voco = {method.voco} must be >= 1, {key}.projector = {method.projector!r} one of "
         f"{', '.join(map(repr, KEEPS_PLACES))}, and {key}.packing = {method.packing!r} must be 'tiles'",
+    )
+    require(
+        method.voco_start != "cells" or model.voco_cells > 0,
+        f"{key}.voco_start = 'cells' needs a matrix a cell: set model.voco_cells, the cells along a picture's side",
     )
     one_of(f"{key}.packing", method.packing, tiling.PACKINGS)
     stitched = method.packing != "tiles"

@@ -38,6 +38,7 @@ MUON: tuple[tuple[str, Axes | None], ...] = (
     (_STACK + r"(attn|cross)/[qkv]/w", Axes(1, (2, 3))),
     (_STACK + r"(attn|cross)/o/w", Axes((1, 2), 3)),
     (_STACK + r"(text_)?mlp/(up|gate|down)/w", Axes(1, 2)),
+    (r"voco/cells/w", Axes(1, 2)),
     (r"projector/[^/]+/attn/[qkv]/w", Axes(0, (1, 2))),
     (r"projector/[^/]+/attn/o/w", Axes((0, 1), 2)),
     (r"projector/.*/w", Axes(0, 1)),

@@ -62,6 +62,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"llm/embed/table", ("model", "data")),
     (r"llm/head/w", ("data", "model")),
     (r"voco/table", (None, "data")),
+    (r"voco/cells/w", (None, "data", "model")),
     (r"image_newline", ()),
     (r"contrast/(image|text)/w", ("data", None)),
     (r"contrast/scale", ()),

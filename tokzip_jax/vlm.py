@@ -44,6 +44,9 @@ def init(cfg: ModelConfig, projector: str, key: Array) -> Params:
         # The official code's new vocabulary row is drawn like this too.
         "voco": {"table": 0.02 * jax.random.normal(keys[3], (cfg.voco_embeddings, cfg.llm.width), cfg.param_dtype)},
     }
+    if cfg.voco_cells:
+        shape = (cfg.voco_cells**2, cfg.llm.width, cfg.llm.width)
+        params["voco"]["cells"] = {"w": jnp.zeros(shape, cfg.param_dtype)}
     if cfg.contrast_dim:
         image, text = jax.random.split(keys[4])
         dtype = cfg.param_dtype
@@ -251,8 +254,11 @@ def embed(
         stream = dataclasses.replace(slots.stream, size=jnp.where(slots.visual >= 0, size, 0))
         slots = dataclasses.replace(slots, stream=stream)
     start = None
-    if method.voco and method.voco_start == "pooled":
-        start = voco_start.pooled(visual, method.voco, grid=cfg.vit.grid)
+    if method.voco and method.voco_start != "embedding":
+        if method.voco_start == "pooled":
+            start = voco_start.pooled(visual, method.voco, grid=cfg.vit.grid)
+        else:
+            start = voco_start.from_cells(visual, method.voco, params["voco"]["cells"]["w"], grid=cfg.vit.grid)
         start = start.reshape(rows, images, method.voco, -1)
     flat = visual.tokens_BMD.reshape(rows, -1, cfg.llm.width)
     return splice(cfg, params, slots, flat, start), slots, visual, pooled
