@@ -1,12 +1,13 @@
-"""The best recipe for VoCo tokens that was found on drawn scenes, change by change.
+"""The best recipe for VoCo tokens that was found on drawn scenes, change by change, beside pooling with the same ones.
 
     python train.py --config=configs/scenes_best.py --workdir=runs/scenes_best
 
 It starts from the uncompressed model of a finished run of `configs/scenes.py` in `runs/scenes`
-(`--config=configs/scenes_best.py:DIR` names another one), where one and four VoCo tokens are trained by cross entropy
-for `scenes.STEPS` steps. Here they start from pooled patches as well as from their embeddings; then the steps become
-three times as many; then a KL term to the frozen uncompressed model joins; then the vision tower trains too. Each
-change is made on top of those before it, at one learning rate and with three seeds.
+(`--config=configs/scenes_best.py:DIR` names another one), where one and four VoCo tokens, and average pooling to as
+many, are trained by cross entropy for `scenes.STEPS` steps. Here the steps become five times as many; then VoCo
+tokens start from the cells of a grid over the picture, each through a matrix of its own, as well as from their
+embeddings (see `tokzip_jax.voco_start`); then the vision tower trains too. Each change is made on top of those before
+it, at one learning rate. Pooling has the same steps, and the tower with the last one.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ from configs import scenes
 from tokzip_jax import config as c
 from tokzip_jax.config_io import to_config_dict
 
-LONGER = 3
-COUNTS = (1, 4)
+LONGER = 5
+CELLS = 4  # along a side: each as large as four patches
+GRIDS = {1: 1, 4: 2}  # tokens -> side of the grid that pooling makes as many with
 # What each stage adds to the one before, and how its rows are called.
-CHANGES = {"start": "pooled start", "steps": f"{LONGER} times the steps", "kl": "KL", "tower": "tower"}
+CHANGES = {"steps": f"{LONGER} times the steps", "cells": "cells", "tower": "tower"}
+TOWER = ("vit/.*",)
 
 
 def get_config(pictures="runs/scenes"):
@@ -28,9 +31,10 @@ def get_config(pictures="runs/scenes"):
 
 def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
     """The config as dataclasses."""
-    given, trained, table = scenes.run_config(), stages(pictures), rows()
+    given, trained, table = scenes.run_config(), stages(pictures), rows(pictures)
     return dataclasses.replace(
         given,
+        model=dataclasses.replace(given.model, voco_cells=CELLS),
         data=dataclasses.replace(given.data, tokenizer=f"{pictures}/tokenizer.json"),
         stages=trained,
         rows=table,
@@ -44,26 +48,30 @@ def stages(pictures: str) -> dict[str, c.StageConfig]:
     origin = f"{pictures}/checkpoints/base"
     still = dataclasses.replace(scenes.OPTIM, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
     table = {"base": dataclasses.replace(scenes.towers()["base"], init_from=origin, steps=1, optim=still)}
-    for count in COUNTS:
-        stage = scenes.voco(count)
-        stage = dataclasses.replace(stage, method=dataclasses.replace(stage.method, voco_start="pooled"))
-        table[f"start{count}"] = stage
-        table[f"steps{count}"] = stage = dataclasses.replace(stage, steps=LONGER * stage.steps)
-        table[f"kl{count}"] = stage = dataclasses.replace(stage, loss=c.LossConfig(kl=1.0))
-        table[f"tower{count}"] = dataclasses.replace(stage, train=(*stage.train, "vit/.*"))
+    for count, grid in GRIDS.items():
+        plain, pool = scenes.voco(count), scenes.pooled(grid)
+        plain, pool = (dataclasses.replace(stage, steps=LONGER * stage.steps) for stage in (plain, pool))
+        cells = dataclasses.replace(plain, method=dataclasses.replace(plain.method, voco_start="cells"))
+        table |= {
+            f"steps{count}": plain,
+            f"cells{count}": cells,
+            f"tower{count}": dataclasses.replace(cells, train=(*cells.train, *TOWER)),
+            f"pooled{count}": pool,
+            f"pooledtower{count}": dataclasses.replace(pool, train=(*pool.train, *TOWER)),
+        }
     return table
 
 
-def rows() -> dict[str, c.RowConfig]:
+def rows(pictures: str = "runs/scenes") -> dict[str, c.RowConfig]:
     """The table, top to bottom."""
     table = {
         "question-only prior": c.RowConfig(stage=""),
         "lower": c.RowConfig(method=c.MethodConfig(voco=1, voco_mask="voco")),
     }
-    for count in COUNTS:
-        method = c.MethodConfig(voco=count, voco_mask="voco", voco_start="pooled")
-        table |= {
-            f"VoCo {count} + {name}": c.RowConfig(stage=f"{change}{count}", method=method)
-            for change, name in CHANGES.items()
-        }
+    trained = stages(pictures)
+    for count in GRIDS:
+        named = {f"VoCo {count} + {name}": f"{change}{count}" for change, name in CHANGES.items()}
+        pooling = f"average pooling {count} + {CHANGES['steps']}"
+        named |= {pooling: f"pooled{count}", f"average pooling {count} + tower": f"pooledtower{count}"}
+        table |= {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}
     return {**table, "upper": c.RowConfig()}

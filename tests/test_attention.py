@@ -105,7 +105,7 @@ def test_softmax_of_half_precision_is_float32():
 
 
 def test_what_cannot_be_is_one_sentence():
-    with pytest.raises(ValueError, match="attention='flash' is unknown; choose one of cudnn, einsum"):
+    with pytest.raises(ValueError, match="attention='flash' is unknown; choose one of auto, blocks, cudnn, einsum"):
         attend(Q, KEYS, VALUES, implementation="flash")
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
         attend(Q[:, :3], KEYS, VALUES)

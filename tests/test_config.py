@@ -228,7 +228,7 @@ BAD = {
         StageConfig(batch_size=4, optim=OptimConfig(accumulate=4), loss=LossConfig(contrast=0.1)),
         r"base\.loss\.contrast = 0\.1 needs pictures to tell apart: batch_size / optim\.accumulate is 1",
     ),
-    "model.attention": ("flash", r"model\.attention = 'flash' is unknown; choose one of 'cudnn', 'einsum'"),
+    "model.attention": ("flash", r"model\.attention = 'flash' is unknown; choose one of 'auto', 'blocks', 'cudnn'"),
     "model.remat": ("half", r"model\.remat = 'half' is unknown"),
     "model.dtype": ("int8", r"model\.dtype = 'int8' is unknown; choose one of 'float32'"),
     "model.voco_cells": (5, r"model\.voco_cells = 5 must lie between 0 and 4"),

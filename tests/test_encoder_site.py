@@ -360,7 +360,7 @@ REFUSED = {
     "cudnn": (
         dataclasses.replace(CFG, attention="cudnn"),
         method("tome", 7),
-        r"x\.options\.proportional = True adds .* 'cudnn' cannot; use 'einsum' or 'xla', or options\.proportional = F",
+        r"x\.options\.proportional = True adds .* 'cudnn' cannot; use 'auto', 'einsum', 'xla', or options\.prop",
     ),
     "question behind a Q-Former": (
         CFG,

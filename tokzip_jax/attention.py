@@ -7,6 +7,7 @@ asked for, so that fused kernels stay on everywhere else.
 import jax
 import jax.numpy as jnp
 
+from tokzip_jax import blocks
 from tokzip_jax.types import Array
 
 # Large enough to vanish in a float32 softmax, small enough not to overflow when something is added to it.
@@ -52,7 +53,29 @@ def _fused(implementation: str):
     return run
 
 
-IMPLEMENTATIONS = {"einsum": _einsum, "xla": _fused("xla"), "cudnn": _fused("cudnn")}
+def _blocks(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array | None, bias: Array | None) -> Array:
+    batch, heads, length, dim = q_BNTH.shape
+    if mask_BTS is None:
+        mask_BTS = jnp.ones((1, length, k_BKSH.shape[2]), bool)
+    groups = q_BNTH.reshape(batch, k_BKSH.shape[1], heads // k_BKSH.shape[1], length, dim)
+    return blocks.attend(groups, k_BKSH, v_BKSH, mask_BTS).reshape(q_BNTH.shape)
+
+
+def _auto(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array | None, bias: Array | None) -> Array:
+    """Blocks pay on a CPU, where a mask may empty some and the row is not hardly longer than one; they know no bias."""
+    long = jax.default_backend() == "cpu" and 2 * q_BNTH.shape[2] >= 3 * blocks.BLOCK
+    run = _blocks if long and mask_BTS is not None and bias is None else _einsum
+    return run(q_BNTH, k_BKSH, v_BKSH, mask_BTS, bias)
+
+
+IMPLEMENTATIONS = {
+    "auto": _auto,
+    "einsum": _einsum,
+    "blocks": _blocks,
+    "xla": _fused("xla"),
+    "cudnn": _fused("cudnn"),
+}
+BIASED = ("auto", "einsum", "xla")  # those that take a bias
 
 
 def attend(
@@ -62,7 +85,7 @@ def attend(
     *,
     mask: Array | None = None,
     bias: Array | None = None,
-    implementation: str = "einsum",
+    implementation: str = "auto",
 ) -> Array:
     """Scaled dot-product attention with grouped heads; softmax in float32.
 
@@ -70,10 +93,12 @@ def attend(
         q_BNTH: [B, N, T, H] queries, head-major: on a CPU one fused kernel, 8-18 % faster than the [B, T, N, H] layout.
         k_BKSH, v_BKSH: [B, K, S, H], K divides N.
         mask: [B, T, S] bool, True = sees; None = everything. A query that sees nothing gets a finite average.
-        bias: added to the scaled logits, [B, S] (log of a token's size) or [B, T, S] (distance); "einsum" and "xla".
-        implementation: "einsum" (explicit products; best on CPU), "xla" or "cudnn"
-            (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision). On TPU, where the layout of the
-            rows is known beforehand, see `splash.attend`.
+        bias: added to the scaled logits, [B, S] (log of a token's size) or [B, T, S] (distance); not for "blocks" and
+            "cudnn".
+        implementation: "einsum" (explicit products), "blocks" (see `blocks.attend`: the fastest for long rows on a
+            CPU), "auto" (on a CPU blocks, for masked rows of 96 and more queries without a bias; else einsum), "xla" or
+            "cudnn" (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision). On TPU, where the layout of
+            the rows is known beforehand, see `splash.attend`.
 
     Returns:
         [B, N, T, H] in the queries' dtype.
@@ -83,8 +108,8 @@ def attend(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r} is unknown; choose one of {', '.join(sorted(IMPLEMENTATIONS))}")
-    if bias is not None and implementation == "cudnn":
-        raise ValueError("attention='cudnn' takes no bias (token size, distance); choose einsum or xla")
+    if bias is not None and implementation not in BIASED:
+        raise ValueError(f"attention={implementation!r} takes no bias (size, distance); choose {', '.join(BIASED)}")
     if q_BNTH.shape[1] % k_BKSH.shape[1]:
         raise ValueError(f"{q_BNTH.shape[1]} query heads cannot share {k_BKSH.shape[1]} key heads: it must divide them")
     return IMPLEMENTATIONS[implementation](q_BNTH, k_BKSH, v_BKSH, mask, bias)

@@ -85,7 +85,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     dtype: str = "float32"
     logits_dtype: str = "float32"
-    attention: str = "einsum"  # "einsum", "xla" or "cudnn"; on TPU see also splash.py
+    attention: str = "auto"  # "auto" (by device and length), "einsum", "blocks", "xla" or "cudnn"; TPU: see splash.py
     remat: str = "none"  # "none", "full" or "dots"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from tokzip_jax import compress, vit
+from tokzip_jax import attention, compress, vit
 from tokzip_jax.compress.downsample import downsample, resize_positions
 from tokzip_jax.compress.entry import ABOUT_QUESTION, PROJECTED, QUESTION, QUESTION_VALID, Plan
 from tokzip_jax.config import MethodConfig, ModelConfig
@@ -81,10 +81,11 @@ def check(key: str, cfg: ModelConfig, method: MethodConfig) -> None:
             f"{key}.encoder = {method.encoder!r} reads every patch behind the projector, and {key}.projector = "
             f"{method.projector!r} does not work patch by patch; choose one of {known}{other}"
         )
-    if ahead.proportional and cfg.attention == "cudnn":
+    if ahead.proportional and cfg.attention not in attention.BIASED:
         raise ValueError(
             f"{key}.options.proportional = True adds the log of a token's size to the attention logits, which "
-            "model.attention = 'cudnn' cannot; use 'einsum' or 'xla', or options.proportional = False"
+            f"model.attention = {cfg.attention!r} cannot; use {', '.join(map(repr, attention.BIASED))}, or "
+            "options.proportional = False"
         )
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from tokzip_jax import decoder_site, encoder_site, layout, masks, projectors, tiling, vlm, voco_start
+from tokzip_jax import attention, decoder_site, encoder_site, layout, masks, projectors, tiling, vlm, voco_start
 from tokzip_jax.config import MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.projectors import KEEPS_PLACES, PROJECTORS, weights_name
 from tokzip_jax.require import one_of, require
@@ -80,9 +80,9 @@ def check(key: str, method: MethodConfig, model: ModelConfig) -> None:
         f"{method.voco_mask!r} must be 'visible', and {key}.decoder = {method.decoder!r} must be 'none'",
     )
     require(
-        not method.attention_bias or model.attention != "cudnn",
-        f"{key}.attention_bias = True cannot be with model.attention = 'cudnn', which takes no bias; use 'einsum' or "
-        "'xla'",
+        not method.attention_bias or model.attention in attention.BIASED,
+        f"{key}.attention_bias = True cannot be with model.attention = {model.attention!r}, which takes no bias; use "
+        f"{', '.join(map(repr, attention.BIASED))}",
     )
 
 
