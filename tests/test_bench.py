@@ -126,6 +126,19 @@ def test_voco(capsys, monkeypatch):
     assert made["unstacked blocks"].tolist() == made["scan over the stack"].tolist()
 
 
+def test_attention(capsys):
+    """Rows of 1 + 16 + 1 + 16 tokens are one block."""
+    found, text = bench(capsys, "attention", "--tiny", "--runs", "1")
+    assert found["settings"]["rows"] == [1, 1, 34, 4]
+    voco, visible = sorted(found["tables"]["what there is to see"], key=lambda row: row["pairs seen"])
+    assert (voco["mask"], visible["mask"]) == ("voco", "visible")
+    assert voco["blocks computed"] == visible["blocks computed"] == 1.0
+    # BOS and picture 17 * 18 / 2, the VoCo token 18; text sees it, and its own question: 15 * 16 / 2 and 1.
+    assert voco["pairs seen"] == pytest.approx((153 + 18 + 16 + 120 + 1) / 34**2)
+    assert len(found["tables"]["seconds"]) == 12 and len(found["tables"]["other / blocks"]) == 8
+    assert "forward, voco, xla / forward, voco, blocks" in text
+
+
 def test_step(capsys):
     options = ("--tiny", "--grid=6", "--text=30", "--voco=2", "--layers=2", "--runs=2", "--clock=cpu")
     found, text = bench(capsys, "step", *options)
@@ -215,5 +228,6 @@ def test_bad_options_end_in_one_sentence(capsys):
         main(["nothing"])
     said = capsys.readouterr().err
     assert all(name in said for name in BENCHMARKS)
-    assert {"visionzip", "compress", "voco", "decoder", "step", "import", "startup", "table7"} == set(BENCHMARKS)
+    named = {"visionzip", "compress", "voco", "decoder", "attention", "step", "import", "startup", "table7"}
+    assert named == set(BENCHMARKS)
     assert visionzip.VitConfig().patches == 576 and table7.LlmConfig().layers == 32

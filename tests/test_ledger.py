@@ -24,6 +24,7 @@ WIDE = ModelConfig(
     llm=LlmConfig(
         vocab_size=512, width=256, layers=2, heads=4, kv_heads=2, head_dim=64, mlp_dim=768, max_positions=256
     ),
+    attention="einsum",  # blocks are gone through in a loop, whose body XLA counts once
 )
 TEXT = 40
 

@@ -4,6 +4,7 @@
     python -m tokzip_jax.bench voco                 # VoCo's stage two beside a full prefill, about a minute
     python -m tokzip_jax.bench compress             # every encoder-site method beside that tower
     python -m tokzip_jax.bench decoder              # prefill with a decoder-site method, time beside FLOPs
+    python -m tokzip_jax.bench attention            # explicit products, JAX's own and blocks
     python -m tokzip_jax.bench step                 # a training step without, with a teacher of its own or in one pass
     python -m tokzip_jax.bench import               # import time in fresh processes
     python -m tokzip_jax.bench startup              # first and second start of a small training
@@ -20,7 +21,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from tokzip_jax.bench import compress, decoder, processes, step, table7, visionzip, voco
+from tokzip_jax.bench import attention, compress, decoder, processes, step, table7, visionzip, voco
 
 # Name: (options, benchmark, runs unless told otherwise).
 BENCHMARKS = {
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "compress": (compress.add_arguments, compress.run, 5),
     "voco": (voco.add_arguments, voco.run, 9),
     "decoder": (decoder.add_arguments, decoder.run, 7),
+    "attention": (attention.add_arguments, attention.run, 9),
     "step": (step.add_arguments, step.run, 5),
     "import": (processes.add_import_arguments, processes.run_import, 5),
     "startup": (processes.add_startup_arguments, processes.run_startup, 1),

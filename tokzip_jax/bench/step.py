@@ -142,8 +142,10 @@ def lowered(cfg: ModelConfig, stage: StageConfig, params: Any, batch: dict[str, 
 def layer_flops(cfg: ModelConfig, stage: StageConfig, batch: dict[str, Array]) -> float:
     """What one layer adds, by XLA's count of the program before it is compiled (whose products may have no count).
 
-    The body of a loop counts once, so the layers are put in loops of one: two of them minus one.
+    The body of a loop counts once, so the layers are put in loops of one, two of them minus one, and attention is that
+    of explicit products: blocks are gone through in a loop of unknown length.
     """
+    cfg = dataclasses.replace(cfg, attention="einsum")
 
     def count(layers: int) -> float:
         deep = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=layers))
