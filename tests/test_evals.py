@@ -1,6 +1,7 @@
 """Scores, bounds and tables."""
 
 import collections
+import dataclasses
 import json
 
 import easy_vqa
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokzip_jax.config import MethodConfig, ModelConfig
+from tokzip_jax.config import EvalConfig, MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.evals import retention, runner, scoring, table
+from tokzip_jax.workdir import Workdir
 
 # VoCo-LLaMA, tables 1 and 2: GQA MMB MME POPE SEED SQA-I VQAv2, and the mean retention that the paper prints.
 UPPER = [61.1, 64.0, 1487.2, 85.0, 57.9, 66.5, 77.7]
@@ -239,3 +241,40 @@ def test_summary_has_the_keys_that_readers_rely_on(tmp_path):
 )
 def test_with_unit(value, shown):
     assert table.with_unit(value, "B") == shown
+
+
+def test_a_row_is_measured_again_where_something_else_is_asked(tmp_path, monkeypatch):
+    """Not for a field that came to the config since, nor for what no result depends on."""
+    measured = []
+
+    def measure(self, name, wanted):
+        measured.append(name)
+        return row(method=name)
+
+    monkeypatch.setattr(runner.Runner, "measure", measure)
+    asked = RowConfig(method=MethodConfig(encoder="random", tokens=4, options={}), stage="base")
+    cfg = RunConfig(rows={"a": asked})
+
+    def ask(cfg=cfg, checkpoint="", **more):
+        found = runner.Runner(cfg, Workdir(tmp_path), None, None, [], checkpoint).cached("a", **more)
+        count, measured[:] = len(measured), []
+        return found.method, count
+
+    path = tmp_path / "eval" / "rows" / "a.json"
+    assert ask() == ("a", 1) and ask() == ("a", 0) and ask(again=True) == ("a", 1)
+    kept = json.loads(path.read_text())
+    del kept["origin"]["row"]["method"]["voco_start"], kept["origin"]["eval"]["pictures"]
+    path.write_text(json.dumps(kept))
+    assert ask() == ("a", 0)
+    assert ask(dataclasses.replace(cfg, eval=EvalConfig(order=("a",), pictures=1, batch_size=3)))[1] == 0
+    for other in (
+        dataclasses.replace(cfg, eval=EvalConfig(limit=7)),
+        dataclasses.replace(cfg, rows={"a": dataclasses.replace(asked, seeds=2)}),
+        dataclasses.replace(cfg, rows={"a": dataclasses.replace(asked, method=MethodConfig(encoder="uniform"))}),
+    ):
+        assert ask(other)[1] == ask()[1] == 1
+    assert ask(checkpoint="elsewhere")[1] == 1
+    kept = json.loads(path.read_text())
+    kept["origin"]["row"]["gone"] = 1
+    path.write_text(json.dumps(kept))
+    assert ask(checkpoint="elsewhere")[1] == 1

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from tokzip_jax import config_io, elastic, flops, lora, recipe, sharding, step
 from tokzip_jax.checkpoint import absent, finished, load_params
-from tokzip_jax.config import AutoConfig, MethodConfig, ModelConfig, RowConfig, RunConfig
+from tokzip_jax.config import AutoConfig, EvalConfig, MethodConfig, ModelConfig, RowConfig, RunConfig
 from tokzip_jax.data import clips, pipeline, sources
 from tokzip_jax.evals import scoring, table
 from tokzip_jax.metrics import say
@@ -24,6 +24,27 @@ from tokzip_jax.workdir import Workdir, write_atomically
 
 FIXED = AutoConfig()  # all questions read the same number of VoCo tokens
 MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised", "tiles")  # the last one only of tiled pictures
+
+
+# Of `EvalConfig`, as they are without a config: what no row's result depends on.
+UNREAD = {name: getattr(EvalConfig(), name) for name in ("order", "pictures", "batch_size")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a kept result was measured of: as long as it is the same, the row is not measured again."""
+
+    row: RowConfig
+    eval: EvalConfig
+    checkpoint: str
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> "Origin | None":
+        """Out of a workdir; what came to the config since then has its default. None: it had something that is gone."""
+        try:
+            return config_io.from_config_dict(stored, cls)
+        except ValueError:
+            return None
 
 
 @functools.lru_cache(maxsize=64)
@@ -195,19 +216,17 @@ class Runner:
         row = self.cfg.rows[name]
         # A name may hold what a file name cannot.
         path = self.workdir.eval / "rows" / f"{urllib.parse.quote(name, safe=' ')}.json"
-        origin = {"row": json.loads(config_io.to_json(row)), "eval": json.loads(config_io.to_json(self.cfg.eval))}
-        for free in ("order", "pictures", "batch_size"):
-            origin["eval"].pop(free)
-        origin["checkpoint"] = self.checkpoint
+        origin = Origin(row, dataclasses.replace(self.cfg.eval, **UNREAD), self.checkpoint)
         if path.exists() and not again:
             kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["origin"] == origin:
+            if Origin.read(kept["origin"]) == origin:
                 return table.RowResult(**kept["result"])
         result = self.measure(name, row)
         say(f"{name}: accuracy {result.accuracy:.4f}")
         # Every process has taken part in measuring the row, so none of them is still looking for the file.
         if jax.process_index() == 0:
-            write_atomically(path, json.dumps({"origin": origin, "result": dataclasses.asdict(result)}, indent=2))
+            written = {"origin": dataclasses.asdict(origin), "result": dataclasses.asdict(result)}
+            write_atomically(path, json.dumps(written, indent=2))
         return result
 
     def run(
