@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tokzip_jax import config_check, layout, report, sharding, study, training
+from tokzip_jax import config_check, layout, report, sharding, step_times, training
 from tokzip_jax.config import (
     DataConfig,
     EvalConfig,
@@ -269,7 +269,7 @@ def test_a_stage_reads_its_frames(built, tok, name, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "train_iterator", begun)
     for start in (
         lambda: training.train_stage(cfg, name, mesh, workdir, None),
-        lambda: study._Timed(study.Study(cfg, workdir, mesh), name),
+        lambda: step_times.TimedStage(cfg, name, workdir, mesh),
     ):
         with pytest.raises(Enough):
             start()

@@ -12,7 +12,6 @@ other one has taken, and they wait for one another only where one has to know wh
 import dataclasses
 import json
 import math
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,23 +19,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tokzip_jax import recipe, sharding
+from tokzip_jax import sharding, step_times
 from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import RowConfig, RunConfig, StageConfig
 from tokzip_jax.config_check import deciding, stage_order
-from tokzip_jax.data import clips, pipeline
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import Runner
-from tokzip_jax.metrics import say
 from tokzip_jax.workdir import Workdir, write_atomically
 
 TIMES = "step_times.json"
 RECORD = "study.json"
 DIVERGED = "diverged.json"
 EDGE = "the best rate is at the edge of those tried"
-ROUNDS = 6  # of the timing, stage after stage in each
-STEPS = 4  # timed at a time
-WARM = 2  # steps before the first timed one of a program
 SAME = 0.05  # lengths of trainings that differ by no more than this share take equally long: so exact is no timing
 POLL = 2.0  # seconds between two looks at what other processes have finished
 
@@ -311,70 +305,16 @@ class Study:
             write_atomically(self.workdir.eval / RECORD, text)
 
     def step_times(self) -> dict[str, float]:
-        """Seconds of a step of every studied stage and of that of `study.equal_time`, measured once in turns, so that
-        what else the machine does hits all alike; kept in the workdir. The median over `ROUNDS` rounds; compilation is
-        not in it."""
+        """Seconds of a step of every studied stage and of that of `study.equal_time` (see `step_times`); measured once
+        and kept in the workdir."""
         path = self.workdir.eval / TIMES
         with self.workdir.hold(TIMES):
             if not path.exists():
-                times = self._time()
+                study = self.cfg.study
+                names = [*dict.fromkeys([*study.stages, *filter(None, [study.equal_time])])]
+                times = step_times.measure(self.cfg, names, self.workdir, self.mesh)
                 if jax.process_index() == 0:
                     write_atomically(path, json.dumps(times, indent=2) + "\n")
                 # Lengths of trainings follow from these: every process has to read the same ones.
                 sharding.wait_for_all("the times of the steps are written")
         return json.loads(path.read_text(encoding="utf-8"))
-
-    def _time(self) -> dict[str, float]:
-        study = self.cfg.study
-        names = dict.fromkeys([*study.stages, *filter(None, [study.equal_time])])
-        say(f"timing a step of {len(names)} stages")
-        runs = [_Timed(self, name) for name in names]
-        for run in runs:
-            run.warm_up()
-        seconds = [[run.steps(turn) for run in runs] for turn in range(ROUNDS)]
-        return {run.name: statistics.median(column) for run, column in zip(runs, zip(*seconds))}
-
-
-class _Timed:
-    """A stage that takes a few steps whenever it is asked to; what it learns is thrown away."""
-
-    def __init__(self, study: Study, name: str) -> None:
-        cfg, mesh = study.cfg, study.mesh
-        self.name, self._mesh = name, mesh
-        self._stage = recipe.prepare(cfg, name, mesh, study.workdir)
-        share, shares = sharding.data_share(mesh)
-        data = pipeline.train_iterator(
-            clips.reading(cfg.data, self._stage.cfg.frame_order),
-            study.workdir.load_tokenizer(cfg.data),
-            image_size=cfg.model.vit.image_size,
-            batch_size=self._stage.cfg.batch_size // shares,
-            seed=cfg.seed + self._stage.cfg.seed,
-            process_index=share,
-            process_count=shares,
-        )
-        # One batch will do: its values change nothing in what a step costs.
-        self._batch = sharding.shard_batch(mesh, next(data))
-        self._state = self._stage.begin()
-
-    def _number(self, turn: int) -> int:
-        """A step of each round's share of the stage: under a schedule a step's cost depends on its number."""
-        return self._stage.cfg.steps * turn // ROUNDS
-
-    def _run(self, number: int) -> None:
-        run_step, given = self._stage.at(number)
-        self._state, _ = run_step(self._state, self._batch, self._stage.teacher, sharding.place(self._mesh, given))
-
-    def warm_up(self) -> None:
-        """Compile every program that will be timed."""
-        for turn in range(ROUNDS):
-            for _ in range(WARM if turn == 0 else 1):
-                self._run(self._number(turn))
-        jax.block_until_ready(self._state)
-
-    def steps(self, turn: int) -> float:
-        """Seconds of a step, the mean of `STEPS` ones."""
-        begin = time.perf_counter()
-        for _ in range(STEPS):
-            self._run(self._number(turn))
-        jax.block_until_ready(self._state)
-        return (time.perf_counter() - begin) / STEPS
