@@ -7,7 +7,8 @@ It starts from the uncompressed model of a finished run of `configs/scenes.py` i
 many, are trained by cross entropy for `scenes.STEPS` steps. Here the steps become five times as many; then VoCo
 tokens start from the cells of a grid over the picture, each through a matrix of its own, as well as from their
 embeddings (see `tokzip_jax.voco_start`); then the vision tower trains too. Each change is made on top of those before
-it, at one learning rate. Pooling has the same steps, and the tower with the last one.
+it, at one learning rate. One token is also trained from cells for ten times the steps, without the tower. Pooling has
+five times the steps, without and with the tower.
 """
 
 import dataclasses
@@ -59,6 +60,7 @@ def stages(pictures: str) -> dict[str, c.StageConfig]:
             f"pooled{count}": pool,
             f"pooledtower{count}": dataclasses.replace(pool, train=(*pool.train, *TOWER)),
         }
+    table["longer1"] = dataclasses.replace(table["cells1"], steps=2 * LONGER * scenes.STEPS)
     return table
 
 
@@ -71,6 +73,8 @@ def rows(pictures: str = "runs/scenes") -> dict[str, c.RowConfig]:
     trained = stages(pictures)
     for count in GRIDS:
         named = {f"VoCo {count} + {name}": f"{change}{count}" for change, name in CHANGES.items()}
+        if count == 1:
+            named[f"VoCo 1 + cells + {2 * LONGER} times the steps"] = "longer1"
         pooling = f"average pooling {count} + {CHANGES['steps']}"
         named |= {pooling: f"pooled{count}", f"average pooling {count} + tower": f"pooledtower{count}"}
         table |= {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}

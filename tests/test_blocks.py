@@ -147,9 +147,8 @@ def test_when_auto_takes_blocks(length, mask, bias, taken):
     assert ("while" in str(jax.make_jaxpr(functools.partial(attention.attend, **given))(q, q, q))) == taken
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_the_model_is_the_same(remat):
-    """Loss-like sums of text logits and their gradients, over rows of 96 slots and more, some of them padding."""
+def test_the_model_is_the_same():
+    """Sums of squared logits and their gradients, recomputed layer by layer, over rows of which some end in padding."""
     rng = np.random.default_rng(1)
     rows = [
         [[1, IMAGE_ID, VOCO_ID], *(({"thread": thread}, tiny.words(rng, 20))[::-1] for thread in (1, 2, 3))],
@@ -159,9 +158,9 @@ def test_the_model_is_the_same(remat):
     table = TABLES["voco"]
 
     def total(params, implementation):
-        cfg = dataclasses.replace(tiny.MODEL, attention=implementation, remat=remat)
+        cfg = dataclasses.replace(tiny.MODEL, attention=implementation, remat="full")
         logits, slots = tiny.forward(params, batch, table, np.int32(3), cfg=cfg)
-        assert slots.stream.kind.shape[1] >= 96
+        assert slots.stream.kind.shape[1] >= 96  # long enough for blocks
         real = (slots.stream.kind != PAD)[..., None]
         return jnp.mean(jnp.where(real, logits, 0) ** 2)
 
