@@ -61,6 +61,22 @@ def test_gradients_are_those_of_masked_products():
         np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("shape", [(B, 1), (1, T), (1, 1)])
+def test_a_mask_for_all_rows_or_all_queries(shape):
+    mask = MASK[: shape[0], -shape[1] :]  # the last query of a row sees more than the first keys
+    found, grads = with_gradients(grouped, Q, KEYS, VALUES, mask)
+    np.testing.assert_allclose(found, naive(Q, KEYS, VALUES, np.broadcast_to(mask, MASK.shape))[0], atol=1e-6)
+    for ours, theirs in zip(grads, with_gradients(einsum, Q, KEYS, VALUES, mask)[1]):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"mask \(2, 44, 30\) must be \[2 or 1, 45 or 1, 30\]"):
+        grouped(Q, KEYS, VALUES, MASK[:, :-1])
+    with pytest.raises(ValueError, match="do not fit keys"):
+        grouped(Q, KEYS, VALUES[:, :, :-1], MASK)
+
+
 def test_which_blocks_count():
     """Those of any row; drawn, with queries downwards."""
     mask = np.zeros((2, 6, 8), bool)

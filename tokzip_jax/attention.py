@@ -92,7 +92,8 @@ def attend(
     Args:
         q_BNTH: [B, N, T, H] queries, head-major: on a CPU one fused kernel, 8-18 % faster than the [B, T, N, H] layout.
         k_BKSH, v_BKSH: [B, K, S, H], K divides N.
-        mask: [B, T, S] bool, True = sees; None = everything. A query that sees nothing gets a finite average.
+        mask: [B, T, S] bool, True = sees, where B and T may be 1; None = everything. A query that sees nothing gets
+            something finite: the average, or zeros in blocks.
         bias: added to the scaled logits, [B, S] (log of a token's size) or [B, T, S] (distance); not for "blocks" and
             "cudnn".
         implementation: "einsum" (explicit products), "blocks" (see `blocks.attend`: the fastest for long rows on a

@@ -28,20 +28,29 @@ NOTHING = -1e30  # a maximum over nothing
 TINY = 1e-30
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, block: int = BLOCK) -> Array:
-    """Scaled dot-product attention under a mask; softmax in float32. Gradients are for q, k and v.
+    """Scaled dot-product attention under a mask; softmax in float32. Gradients, in reverse mode, are for q, k and v.
 
     Args:
         q_BKGTH: queries, not scaled; G of them share a key head.
         k_BKSH, v_BKSH: keys and values.
-        mask_BTS: bool, True = sees.
+        mask_BTS: bool, True = sees; B and T may be 1, for all rows and all queries.
         block: the most queries and keys of a block.
 
     Returns:
         [B, K, G, T, H] in the queries' dtype; zeros for a query that sees nothing.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
-    return _forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS, block)[0]
+    batch, kv_heads, _, length, dim = q_BKGTH.shape
+    width = k_BKSH.shape[2]
+    if not k_BKSH.shape == v_BKSH.shape == (batch, kv_heads, width, dim):
+        raise ValueError(f"queries {q_BKGTH.shape} do not fit keys {k_BKSH.shape} and values {v_BKSH.shape}")
+    if mask_BTS.ndim != 3 or not all(n in (1, m) for n, m in zip(mask_BTS.shape, (batch, length, width), strict=True)):
+        raise ValueError(f"mask {mask_BTS.shape} must be [{batch} or 1, {length} or 1, {width}]")
+    seen = jnp.broadcast_to(mask_BTS, (mask_BTS.shape[0], length, width))
+    return _attend(q_BKGTH, k_BKSH, v_BKSH, seen, block)
 
 
 def blocks(mask_BTS: Array, queries: int, keys: int) -> tuple[Array, Array, Array]:
@@ -90,6 +99,11 @@ def _logits(q: Array, k: Array, mask: Array, i: Array, j: Array, queries: int, k
         "BKGTH,BKSH->BKGTS", _part(q, i, queries), _part(k, j, keys), preferred_element_type=jnp.float32
     )
     return logits, _part(_part(mask, i, queries, 1), j, keys, 2)[:, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, mask: Array, block: int) -> Array:
+    return _forward(q, k, v, mask, block)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Array, block: int) -> tuple[Array, tuple[Array, ...]]:
@@ -152,4 +166,4 @@ def _backward(block: int, kept: tuple[Array, ...], gradient: Array) -> tuple[Arr
     return *(d[..., : x.shape[-2], :].astype(x.dtype) for d, x in zip(found, inputs, strict=True)), None
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
