@@ -1,4 +1,4 @@
-"""The best recipe for VoCo tokens that was found on drawn scenes, change by change, beside pooling with the same ones.
+"""The best recipe for VoCo tokens that was found on drawn scenes, change by change, and pooling with more steps.
 
     python train.py --config=configs/scenes_best.py --workdir=runs/scenes_best
 
@@ -7,8 +7,8 @@ It starts from the uncompressed model of a finished run of `configs/scenes.py` i
 many, are trained by cross entropy for `scenes.STEPS` steps. Here the steps become five times as many; then VoCo
 tokens start from the cells of a grid over the picture, each through a matrix of its own, as well as from their
 embeddings (see `tokzip_jax.voco_start`); then the vision tower trains too. Each change is made on top of those before
-it, at one learning rate. One token is also trained from cells for ten times the steps, without the tower. Pooling has
-five times the steps, without and with the tower.
+it, at one learning rate and with three seeds. One token is also trained from cells for ten times the steps, without
+the tower. Pooling has five times the steps, without and with the tower, and no row of ten times.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from tokzip_jax import config as c
 from tokzip_jax.config_io import to_config_dict
 
 LONGER = 5
-CELLS = 4  # along a side: each as large as four patches
+CELLS = 4  # along a side of 8 patches
 GRIDS = {1: 1, 4: 2}  # tokens -> side of the grid that pooling makes as many with
 # What each stage adds to the one before, and how its rows are called.
 CHANGES = {"steps": f"{LONGER} times the steps", "cells": "cells", "tower": "tower"}
@@ -73,9 +73,8 @@ def rows(pictures: str = "runs/scenes") -> dict[str, c.RowConfig]:
     trained = stages(pictures)
     for count in GRIDS:
         named = {f"VoCo {count} + {name}": f"{change}{count}" for change, name in CHANGES.items()}
-        if count == 1:
-            named[f"VoCo 1 + cells + {2 * LONGER} times the steps"] = "longer1"
         pooling = f"average pooling {count} + {CHANGES['steps']}"
         named |= {pooling: f"pooled{count}", f"average pooling {count} + tower": f"pooledtower{count}"}
+        named |= {f"VoCo 1 + cells + {2 * LONGER} times the steps": "longer1"} if count == 1 else {}
         table |= {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}
     return {**table, "upper": c.RowConfig()}

@@ -1,6 +1,7 @@
 """Attention against a naive one in NumPy, whatever implementation, heads, mask and bias."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,10 @@ def naive(q, k, v, mask=None, bias=None):
     return out, weights
 
 
-@pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("implementation", ["einsum", "xla"])
+@pytest.mark.parametrize(
+    "implementation, bias", [*itertools.product(["einsum", "xla"], BIASES), ("blocks", "none"), ("auto", "none")]
+)
 def test_equals_the_naive_one(implementation, masked, bias):
     mask, bias = MASK if masked else None, BIASES[bias]
     found = run(Q, KEYS, VALUES, mask=mask, bias=bias, implementation=implementation)
@@ -66,7 +68,7 @@ def test_score_rows_are_rows_of_the_weights():
     np.testing.assert_allclose(found, naive(Q, KEYS, VALUES, MASK)[1][:, :, rows], atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "xla"])
+@pytest.mark.parametrize("implementation", ["einsum", "xla", "blocks"])
 def test_a_blind_query_is_finite_and_has_finite_gradients(implementation):
     """As padding rows are; what they give is not read, but a NaN would spread through the gradient."""
     mask = MASK.copy()

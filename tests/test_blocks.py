@@ -14,6 +14,8 @@ from test_attention import naive
 from tokzip_jax import attention, blocks
 from tokzip_jax.config import MeshConfig
 from tokzip_jax.masks import TABLES
+from tokzip_jax.projectors.base import attention as projected
+from tokzip_jax.projectors.base import init_attention
 from tokzip_jax.sharding import make_mesh
 from tokzip_jax.types import IMAGE_ID, PAD, VOCO_ID
 
@@ -129,12 +131,18 @@ def test_logits_of_any_size():
 
 
 def test_half_precision():
-    """Outputs are as the queries, softmax and sums are float32: a thousand equal weights give their mean."""
-    q, k = jnp.zeros((1, 1, 1, 8, H), jnp.bfloat16), jnp.zeros((1, 1, 1024, H), jnp.bfloat16)
-    v = jnp.broadcast_to(jnp.arange(1024)[:, None] % 3, (1, 1, 1024, H)).astype(jnp.bfloat16)
-    out = jax.jit(blocks.attend)(q, k, v, jnp.ones((1, 8, 1024), bool))
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(np.float32), np.mean(np.arange(1024) % 3), rtol=2**-8)
+    """Outputs and gradients are as the inputs, sums are float32: in bfloat16 8 more weights are lost from 2048 on."""
+    q, k = jnp.zeros((1, 1, 1, 8, H), jnp.bfloat16), jnp.zeros((1, 1, 4096, H), jnp.bfloat16)
+    v = jnp.broadcast_to(jnp.arange(4096)[:, None] % 3, (1, 1, 4096, H)).astype(jnp.bfloat16)
+
+    def total(q, k, v):
+        out = blocks.attend(q, k, v, jnp.ones((1, 8, 4096), bool), 8)
+        return jnp.sum(out.astype(jnp.float32)), out
+
+    grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    assert {out.dtype, *(found.dtype for found in grads)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(out.astype(np.float32), np.mean(np.arange(4096) % 3), rtol=2**-8)
+    np.testing.assert_allclose(grads[2].astype(np.float32), 8 / 4096, rtol=2**-8)
 
 
 def test_no_weights_of_a_whole_row():
@@ -163,8 +171,9 @@ def test_when_auto_takes_blocks(length, mask, bias, taken):
     assert ("while" in str(jax.make_jaxpr(functools.partial(attention.attend, **given))(q, q, q))) == taken
 
 
-def test_the_model_is_the_same():
-    """Sums of squared logits and their gradients, recomputed layer by layer, over rows of which some end in padding."""
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_model_is_the_same(remat):
+    """Sums of squared logits and their gradients, over rows of which some end in padding."""
     rng = np.random.default_rng(1)
     rows = [
         [[1, IMAGE_ID, VOCO_ID], *(({"thread": thread}, tiny.words(rng, 20))[::-1] for thread in (1, 2, 3))],
@@ -174,7 +183,7 @@ def test_the_model_is_the_same():
     table = TABLES["voco"]
 
     def total(params, implementation):
-        cfg = dataclasses.replace(tiny.MODEL, attention=implementation, remat="full")
+        cfg = dataclasses.replace(tiny.MODEL, attention=implementation, remat=remat)
         logits, slots = tiny.forward(params, batch, table, np.int32(3), cfg=cfg)
         assert slots.stream.kind.shape[1] >= 96  # long enough for blocks
         real = (slots.stream.kind != PAD)[..., None]
@@ -194,8 +203,47 @@ def test_rows_and_heads_stay_on_their_devices():
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "model"))
     with jax.set_mesh(mesh):
         heads = [jax.device_put(x, split) for x in (Q, KEYS, VALUES)]
-        found = with_gradients(grouped, *heads, MASK)
-    # Neither the rows nor the heads were gathered.
+        rows = jax.device_put(MASK, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        program = with_gradients.lower(grouped, *heads, rows).compile()
+        found = program(*heads, rows)
+    assert not re.search(r"f32\[[^=]*all-gather", program.as_text())
     assert all(x.sharding.shard_shape(x.shape) == (1, x.shape[1] // 2, *x.shape[2:]) for x in jax.tree.leaves(found))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_queries_of_a_projector():
+    """As MQT and Q-Former give them: one mask for all queries, one row of queries for all pictures."""
+    params = init_attention(jax.random.key(0), 16, 16, 2, "float32")
+    x, keys = (jax.random.normal(jax.random.key(n), shape) for n, shape in ((1, (1, 96, 16)), (2, (2, 36, 16))))
+    seen = np.ones((2, 1, 36), bool)
+    seen[0, 0, 20:] = False
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params, x, implementation):
+        def total(params, x):
+            return jnp.sum(projected(params, x, keys, keys, seen, implementation) ** 2)
+
+        return jax.value_and_grad(total, argnums=(0, 1))(params, x)
+
+    found, expected = (jax.tree.leaves(run(params, x, name)) for name in ("auto", "einsum"))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_double_precision_around_it():
+    with jax.enable_x64(True):
+        q = RNG.normal(size=(1, 1, 1, 20, 4))
+        out = jax.jit(blocks.attend)(q, q[:, 0], q[:, 0], np.tril(np.ones((1, 20, 20), bool)))
+        assert out.dtype == np.float64
+
+
+def test_forward_mode_is_that_of_explicit_products():
+    q = Q[:, :2, : 2 * S : 2]
+
+    def run(q, implementation):
+        return attention.attend(q, KEYS, VALUES, mask=MASK[:, : q.shape[2]], implementation=implementation)
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: run(q, "blocks"), (q,), (q,))
+    assert np.isfinite(jax.jvp(lambda q: run(q, "einsum"), (q,), (q,))[1]).all()

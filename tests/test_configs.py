@@ -20,6 +20,7 @@ from tokzip_jax.workdir import Workdir
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 ARGUMENTS = {
     "clips": ("elsewhere/run",),
+    "scenes_best": ("elsewhere/run",),
     "voco_llava15_7b": ("1", "2", "8"),
     "visionzip_tune_llava15_7b": ("192", "128", "64"),
 }

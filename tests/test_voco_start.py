@@ -1,6 +1,7 @@
 """VoCo tokens that start from pooled parts of the picture: the parts, the means, where they go, and both stages."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +87,27 @@ def test_cells_begin_as_pooling_and_learn():
     run = jax.jit(jax.value_and_grad(total), static_argnums=1)
     method = dataclasses.replace(METHOD, voco=1, voco_start="cells")
     value, grads = run(fresh, method)
-    assert value == run(fresh, dataclasses.replace(method, voco_start="pooled"))[0]
+    np.testing.assert_allclose(value, run(fresh, dataclasses.replace(method, voco_start="pooled"))[0], rtol=1e-6)
     size = np.abs(np.asarray(grads["w"])).sum(axis=(1, 2))
     assert size.shape == (4,) and np.all(np.isfinite(size)) and np.all(size > 0)
-    assert optim.matrix_axes("voco/cells/w") is not None
+    assert optim.matrix_axes("voco/cells/w") == optim.Axes(1, 2)  # a matrix a cell, not one of all cells
+
+
+@pytest.mark.parametrize("start", ["pooled", "cells"])
+def test_flops_are_xlas(start):
+    """Within five per cent: XLA also counts what is done element by element, little at this width."""
+    shapes = {"tokens_BMD": (1, 64, 512), **dict.fromkeys(("valid_BM", "position_BM", "size_BM", "source_BP"), (1, 64))}
+    types = {"tokens_BMD": jnp.float32, "valid_BM": bool}
+    visual = VisualTokens(**{n: jax.ShapeDtypeStruct(s, types.get(n, jnp.int32)) for n, s in shapes.items()})
+    weights = jax.ShapeDtypeStruct((4, 512, 512), jnp.float32)
+
+    def run(visual, weights):
+        means = {"pooled": voco_start.pooled, "cells": functools.partial(voco_start.from_cells, weights_CDD=weights)}
+        return means[start](visual, 4, grid=8)
+
+    counted = jax.jit(run).lower(visual, weights).cost_analysis()["flops"]
+    assert voco_start.flops(start, 4, 64, 512, 2) == pytest.approx(counted, rel=0.05)
+    assert voco_start.flops("embedding", 4, 64, 512, 2) == 0
 
 
 def test_cells_need_matrices():

@@ -12,6 +12,8 @@ from tokzip_jax.types import Array
 
 # Large enough to vanish in a float32 softmax, small enough not to overflow when something is added to it.
 MASKED = -1e30
+# Queries from which on "auto" takes blocks: at 65 they lost, at 105 they won (`python -m tokzip_jax.bench attention`).
+LONG = 3 * blocks.BLOCK // 2
 
 
 def _logits(q_BNTH: Array, k_BKSH: Array) -> Array:
@@ -62,9 +64,9 @@ def _blocks(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array | None,
 
 
 def _auto(q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array | None, bias: Array | None) -> Array:
-    """Blocks pay on a CPU, where a mask may empty some and the row is not hardly longer than one; they know no bias."""
-    long = jax.default_backend() == "cpu" and 2 * q_BNTH.shape[2] >= 3 * blocks.BLOCK
-    run = _blocks if long and mask_BTS is not None and bias is None else _einsum
+    """Blocks where they pay: on a CPU, under a mask, which may leave some out, in rows that are long enough."""
+    pays = jax.default_backend() == "cpu" and mask_BTS is not None and q_BNTH.shape[2] >= LONG
+    run = _blocks if pays and bias is None else _einsum  # blocks know no bias
     return run(q_BNTH, k_BKSH, v_BKSH, mask_BTS, bias)
 
 
@@ -97,7 +99,8 @@ def attend(
         bias: added to the scaled logits, [B, S] (log of a token's size) or [B, T, S] (distance); not for "blocks" and
             "cudnn".
         implementation: "einsum" (explicit products), "blocks" (see `blocks.attend`: the fastest for long rows on a
-            CPU), "auto" (on a CPU blocks, for masked rows of 96 and more queries without a bias; else einsum), "xla" or
+            CPU, with first derivatives in reverse mode only), "auto" (blocks for masked rows of `LONG` and more queries
+            without a bias, where the default backend of the process that traces is a CPU; else einsum), "xla" or
             "cudnn" (`jax.nn.dot_product_attention`; cudnn wants a GPU and half precision). On TPU, where the layout of
             the rows is known beforehand, see `splash.attend`.
 

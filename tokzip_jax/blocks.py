@@ -1,15 +1,15 @@
 """Attention in blocks: only those where somebody sees somebody are computed, and no [T, S] weights are ever held.
 
-A row is cut into blocks of queries and of keys. Which of them a mask leaves anything of is known only when the
-program runs, for rows hold their pictures and questions wherever they like; so the blocks that count are put in a
-list, and a loop goes through it, adding up a softmax whose maximum and sum are corrected as it goes (arXiv
-2205.14135, algorithm 1; the backward pass, which makes the weights anew, is its algorithm 4). Under a causal mask
-that leaves half of the blocks, under the VoCo mask also out text x vision and one picture x another, and between
-questions what is not their own.
+A row is cut into blocks of queries and of keys. Which of them a mask leaves anything of is known only when the program
+runs, for rows hold their pictures and questions wherever they like; so the blocks in which some row of the batch sees
+anything are put in a list, and a loop goes through it, adding up a softmax whose maximum and sum are corrected as it
+goes (arXiv 2205.14135, algorithm 1; the backward pass, which makes the weights anew, is its algorithm 4). Under a
+causal mask that leaves half of the blocks, under the VoCo mask also out text x vision and one picture x another, and
+between questions what is not their own. Rows of one batch that are laid out differently save less.
 
-On a CPU this is also faster where nothing is left out: the weights of a block stay in its cache, where those of a long
-row have to go through memory for every step of a softmax. A device with wide kernels wants few large products instead:
-on TPU see `splash`, on GPU cudnn.
+On a CPU long rows are faster under any mask: the weights of a block stay in its cache, where those of a whole row go
+through memory for every step of a softmax. A device with wide kernels wants few large products instead: on TPU see
+`splash`, on GPU cudnn. The loop has no forward-mode derivative and no second one; explicit products do.
 """
 
 import functools
@@ -47,7 +47,7 @@ def attend(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask_BTS: Array, block:
     width = k_BKSH.shape[2]
     if not k_BKSH.shape == v_BKSH.shape == (batch, kv_heads, width, dim):
         raise ValueError(f"queries {q_BKGTH.shape} do not fit keys {k_BKSH.shape} and values {v_BKSH.shape}")
-    if mask_BTS.ndim != 3 or not all(n in (1, m) for n, m in zip(mask_BTS.shape, (batch, length, width), strict=True)):
+    if mask_BTS.shape not in [(n, t, width) for n in (1, batch) for t in (1, length)]:
         raise ValueError(f"mask {mask_BTS.shape} must be [{batch} or 1, {length} or 1, {width}]")
     seen = jnp.broadcast_to(mask_BTS, (mask_BTS.shape[0], length, width))
     return _attend(q_BKGTH, k_BKSH, v_BKSH, seen, block)
@@ -67,7 +67,13 @@ def blocks(mask_BTS: Array, queries: int, keys: int) -> tuple[Array, Array, Arra
 
 def side(length: int, block: int) -> int:
     """Of blocks as equal as can be, none longer than `block` rounded up to whole lanes."""
-    return math.ceil(length / math.ceil(length / block) / MULTIPLE) * MULTIPLE
+    count = max(1, math.ceil(length / block))
+    return max(1, math.ceil(length / count / MULTIPLE)) * MULTIPLE
+
+
+def _scale(q: Array) -> np.ndarray:
+    """Of the queries, rounded as they are."""
+    return np.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:
@@ -88,7 +94,7 @@ def _put(x: Array, part: Array, number: Array, axis: int = -2) -> Array:
 def _padded(q: Array, k: Array, v: Array, mask: Array, block: int) -> tuple[Array, Array, Array, Array, int, int]:
     """Scaled queries, keys, values and mask in whole blocks, and the sides of a block."""
     queries, keys = side(q.shape[-2], block), side(k.shape[-2], block)
-    q = _pad(q * np.asarray(q.shape[-1] ** -0.5, q.dtype), -2, queries)
+    q = _pad(q * _scale(q), -2, queries)
     k, v = (_pad(x, -2, keys) for x in (k, v))
     return q, k, v, _pad(_pad(mask, 1, queries), 2, keys), queries, keys
 
@@ -127,7 +133,8 @@ def _forward(q: Array, k: Array, v: Array, mask: Array, block: int) -> tuple[Arr
         total = _put(total, _part(total, i, queries, -1) * shrunk + jnp.sum(weights, axis=-1), i, -1)
         return out, _put(most, now, i, -1), total
 
-    start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], NOTHING), jnp.zeros(q.shape[:-1], jnp.float32)
+    each = q.shape[:-1]
+    start = tuple(jnp.full(*part, jnp.float32) for part in ((q.shape, 0), (each, NOTHING), (each, 0)))
     out, most, total = jax.lax.fori_loop(0, count, add, start)
     out = (out / jnp.maximum(total, TINY)[..., None])[..., :length, :].astype(dtype)
     return out, (*inputs, out, most + jnp.log(jnp.maximum(total, TINY)))
@@ -162,7 +169,7 @@ def _backward(block: int, kept: tuple[Array, ...], gradient: Array) -> tuple[Arr
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     dq, dk, dv = jax.lax.fori_loop(0, count, add, start)
-    found = dq * inputs[0].shape[-1] ** -0.5, dk, dv
+    found = dq * float(_scale(q)), dk, dv
     return *(d[..., : x.shape[-2], :].astype(x.dtype) for d, x in zip(found, inputs, strict=True)), None
 
 

@@ -79,13 +79,14 @@ class ModelConfig:
     llm: LlmConfig = LlmConfig()
     projector: ProjectorConfig = ProjectorConfig()
     voco_embeddings: int = 1  # 1: all VoCo tokens share one embedding (official); n: n of their own, the most usable
-    voco_cells: int = 0  # cells along a picture's side, each with a matrix for `voco_start` = "cells"; 0 = no matrices
+    # Cells along a picture's side, each with a matrix of llm.width squared for `voco_start` = "cells"; 0 = none.
+    voco_cells: int = 0
     image_newline: bool = False  # a learned embedding behind each row of a stitched picture, see `method.packing`
     contrast_dim: int = 0  # width of the CLS/caption contrastive space; 0 = no contrastive head
     param_dtype: str = "float32"
     dtype: str = "float32"
     logits_dtype: str = "float32"
-    attention: str = "auto"  # "auto" (by device and length), "einsum", "blocks", "xla" or "cudnn"; TPU: see splash.py
+    attention: str = "auto"  # "auto", "einsum", "blocks", "xla" or "cudnn", see attention.attend; TPU: splash.py
     remat: str = "none"  # "none", "full" or "dots"
 
 

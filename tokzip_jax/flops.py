@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax import encoder_site, lora, stack, tiling, vlm
+from tokzip_jax import encoder_site, lora, stack, tiling, vlm, voco_start
 from tokzip_jax.compress.entry import PROJECTED
 from tokzip_jax.config import LlmConfig, LoraConfig, MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.data import anyres
@@ -44,7 +44,8 @@ class Ledger:
             their own number; then the two sizes in bytes and `prefill_flops` are means too.
         vit_flops: the vision tower up to the feature layer; up to its end where the encoder site reads the
             last block, on a smaller picture or on fewer and fewer tokens where it works there.
-        projector_flops: the projector; twice where the encoder site looks at projected patches.
+        projector_flops: the projector, twice where the encoder site looks at projected patches; and what VoCo tokens
+            start from.
         picture_flops: the language model over each picture alone (prefix, visual and VoCo tokens; no head), spent once
             however many questions follow. VoCo's stage one; None where the picture is read together with the question.
         prefill_flops: the language model from projected visual tokens (VoCo: from the pictures' cache, stage two) to
@@ -257,6 +258,7 @@ def ledger(
         past = cached = read + (prefix_tokens if method.voco_mask == "prefix_visible" else 0)
         picture_flops = llm_flops(model.llm, picture, head=0, causal=causal) + 2 * picture * sum(added["llm"])
         picture_flops *= seen
+    starts = voco_start.flops(method.voco_start, method.voco, visual, model.llm.width, model.voco_cells)
     per_token = kv_bytes_per_token(model.llm, dtype or model.dtype)
     by_layer = layer_tokens(model, method) if stitched is None else (stitched,) * model.llm.layers
     by_layer = tuple(seen * count for count in by_layer)
@@ -279,7 +281,7 @@ def ledger(
         voco_tokens=seen * method.voco,
         read_tokens=read,
         vit_flops=images * tower_flops(model, method, deltas=added["vit"]),
-        projector_flops=images * projector_flops(model, method, text_tokens=text_tokens),
+        projector_flops=images * (projector_flops(model, method, text_tokens=text_tokens) + starts),
         picture_flops=picture_flops,
         prefill_flops=prefill + 2 * sum(tokens * weights for tokens, weights in zip(new, added["llm"], strict=True)),
         decode_flops=decode + 2 * sum(added["llm"]),

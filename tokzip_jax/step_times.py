@@ -22,6 +22,14 @@ def measure(cfg: RunConfig, names: Sequence[str], workdir: Workdir, mesh: Mesh) 
     """Seconds of a step of the stages, by name: the median over `ROUNDS` rounds, without compilation.
 
     They are measured in turns, so that what else the machine does hits all alike.
+
+    Args:
+        cfg: of the run.
+        names: of the stages; what each begins from has to be trained.
+        workdir, mesh: of the run.
+
+    Raises:
+        FileNotFoundError: a stage's checkpoint to begin from is not there.
     """
     say(f"timing a step of {len(names)} stages")
     runs = [TimedStage(cfg, name, workdir, mesh) for name in names]

@@ -44,7 +44,7 @@ def from_cells(visual: VisualTokens, count: int, weights_CDD: Array, *, grid: in
     Args:
         visual, count, grid: as in `pooled`.
         weights_CDD: [inputs, outputs] for each cell of a square grid over the picture, in raster order. A cell that
-            two parts share gives each of them the mean of what lies in it.
+            two parts share gives each of them the mean of its tokens there.
 
     Returns:
         As `pooled`.
@@ -56,6 +56,22 @@ def from_cells(visual: VisualTokens, count: int, weights_CDD: Array, *, grid: in
     cell_BkCD = _means(visual, both_BM, count * cells).reshape(-1, count, cells, width)
     start_BkD = _means(visual, part_BM, count) + jnp.einsum("BkCD,CDE->BkE", cell_BkCD, weights_CDD.astype(jnp.float32))
     return start_BkD.astype(visual.tokens_BMD.dtype)
+
+
+def flops(start: str, count: int, visual: int, width: int, cells: int) -> int:
+    """FLOPs of what `count` VoCo tokens of a picture start from, beside their embeddings.
+
+    Args:
+        start: one of `STARTS`.
+        count: VoCo tokens.
+        visual: visual tokens of a picture, [visual, width].
+        width: of the language model.
+        cells: along a picture's side.
+    """
+    if start == "embedding":
+        return 0
+    means = 2 * count * visual * width
+    return means + (cells**2 * (means + 2 * count * width**2) if start == "cells" else 0)
 
 
 def _index(visual: VisualTokens, shape: tuple[int, int], grid: int) -> Array:

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def mask(args: argparse.Namespace, table: str) -> Array:
     return masks.visibility(stream, stream, masks.TABLES[table])
 
 
-def program(implementation: str, gradient: bool) -> Any:
+def program(implementation: str, gradient: bool) -> Callable[..., Any]:
     """(mask, q, k, v) -> the mixed heads, or the gradients of the sum of their squares."""
 
     def mix(seen: Array, *heads: Array) -> Array:

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> Report:
             "tokens": {"BOS": 1, "visual": args.grid**2, "text": args.text},
             "layers run": "as a scan over the stack" if args.stack else "as single blocks",
             "head": "on the last position",
+            "attention": cfg.attention,
             "clock": args.clock,
             "runs": {"measured": args.runs, "warm-up": 1},
         },
@@ -93,7 +94,8 @@ def model(args: argparse.Namespace) -> ModelConfig:
     shape = dataclasses.replace(TINY, layers=5, max_positions=2048) if args.tiny else SMOLLM2_135M
     shape = dataclasses.replace(shape, layers=args.layers or shape.layers)
     vit = VitConfig(image_size=2 * args.grid, patch_size=2)
-    return ModelConfig(vit=vit, llm=shape, dtype=args.dtype, param_dtype=args.dtype)
+    # Explicit products: what is left out of a short row and of a long one is then the same share of all pairs.
+    return ModelConfig(vit=vit, llm=shape, dtype=args.dtype, param_dtype=args.dtype, attention="einsum")
 
 
 def method(name: str, cfg: ModelConfig) -> MethodConfig:

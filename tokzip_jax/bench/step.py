@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> Report:
             "dtype": args.dtype,
             "tokens": {"visual": args.grid**2, "text": args.text, "VoCo": args.voco},
             "remat": args.remat,
+            "attention": cfg.attention,
             "supervised": "the second half of the text",
             "clock": args.clock,
             "runs": {"measured": args.runs, "warm-up": 1},
         },
         tables={
-            "FLOPs of a layer, forward and backward": flop_rows(args, needed),
+            "FLOPs of a layer, forward and backward, by explicit products": flop_rows(args, needed),
             "seconds of loss and gradients": rows_of(seconds),
             "one pass / two passes": [
                 ratio(seconds, ONE_PASS, FROZEN),

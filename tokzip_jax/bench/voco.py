@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Stage two against the full prefill, and unstacked decoding against a scan."""
-    cfg = ModelConfig(llm=TINY if args.tiny else SMOLLM2_135M, dtype=args.dtype, param_dtype=args.dtype)
+    # Explicit products in both: blocks would leave out half of the full prefill's pairs and none of stage two's.
+    llm = TINY if args.tiny else SMOLLM2_135M
+    cfg = ModelConfig(llm=llm, dtype=args.dtype, param_dtype=args.dtype, attention="einsum")
     shapes = jax.eval_shape(lambda key: llm.init(cfg.llm, key, cfg.param_dtype), jax.random.key(0))
     params = {"llm": random_weights(shapes)}
     blocks = stack.unstack(params["llm"]["layers"])
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> Report:
             "dtype": args.dtype,
             "tokens": {"visual": args.visual, "text": args.text, "VoCo": args.voco, "decoded": args.decode},
             "head": "on the last position",
+            "attention": cfg.attention,
             "clock": args.clock,
             "runs": {"measured": args.runs, "warm-up": 1},
         },

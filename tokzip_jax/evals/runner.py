@@ -26,13 +26,18 @@ FIXED = AutoConfig()  # all questions read the same number of VoCo tokens
 MODEL_INPUTS = ("images", "ids", "thread", "sample", "supervised", "tiles")  # the last one only of tiled pictures
 
 
-# Of `EvalConfig`, as they are without a config: what no row's result depends on.
+# Fields of `EvalConfig` that no row's result depends on, at their defaults.
 UNREAD = {name: getattr(EvalConfig(), name) for name in ("order", "pictures", "batch_size")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a kept result was measured of: as long as it is the same, the row is not measured again."""
+    """What a kept result was measured of: as long as it is the same, the row is not measured again.
+
+    Attributes:
+        row, eval: of the config, `UNREAD` fields of the latter at their defaults.
+        checkpoint: as in `Runner`.
+    """
 
     row: RowConfig
     eval: EvalConfig
@@ -40,9 +45,10 @@ class Origin:
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> "Origin | None":
-        """Out of a workdir; what came to the config since then has its default. None: it had something that is gone."""
+        """Out of a workdir; what came to the config since then has its default. None: something of it is gone."""
         try:
-            return config_io.from_config_dict(stored, cls)
+            known = stored.keys() == {field.name for field in dataclasses.fields(cls)}
+            return config_io.from_config_dict(stored, cls) if known else None
         except ValueError:
             return None
 
