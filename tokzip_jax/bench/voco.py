@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Stage two against the full prefill, and unstacked decoding against a scan."""
     # Explicit products in both: blocks would leave out half of the full prefill's pairs and none of stage two's.
-    llm = TINY if args.tiny else SMOLLM2_135M
-    cfg = ModelConfig(llm=llm, dtype=args.dtype, param_dtype=args.dtype, attention="einsum")
+    shape = TINY if args.tiny else SMOLLM2_135M
+    cfg = ModelConfig(llm=shape, dtype=args.dtype, param_dtype=args.dtype, attention="einsum")
     shapes = jax.eval_shape(lambda key: llm.init(cfg.llm, key, cfg.param_dtype), jax.random.key(0))
     params = {"llm": random_weights(shapes)}
     blocks = stack.unstack(params["llm"]["layers"])
