@@ -73,8 +73,8 @@ def rows(pictures: str = "runs/scenes") -> dict[str, c.RowConfig]:
     trained = stages(pictures)
     for count in GRIDS:
         named = {f"VoCo {count} + {name}": f"{change}{count}" for change, name in CHANGES.items()}
+        named |= {f"VoCo 1 + cells + {2 * LONGER} times the steps": "longer1"} if count == 1 else {}
         pooling = f"average pooling {count} + {CHANGES['steps']}"
         named |= {pooling: f"pooled{count}", f"average pooling {count} + tower": f"pooledtower{count}"}
-        named |= {f"VoCo 1 + cells + {2 * LONGER} times the steps": "longer1"} if count == 1 else {}
         table |= {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}
     return {**table, "upper": c.RowConfig()}
