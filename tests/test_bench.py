@@ -140,18 +140,22 @@ def test_attention(capsys):
 
 
 def test_step(capsys):
-    options = ("--tiny", "--grid=6", "--text=30", "--voco=2", "--layers=2", "--runs=2", "--clock=cpu")
+    options = ("--tiny", "--grid=6", "--text=30", "--voco=2", "--layers=2", "--rank=2", "--runs=2", "--clock=cpu")
     found, text = bench(capsys, "step", *options)
-    flops, times, ratios, memory = found["tables"].values()
-    student, whole, frozen, one, joint, both = (row["FLOPs"] for row in flops)
-    assert [row["what"] for row in flops[:5]] == [step.STUDENT, step.WHOLE, step.FROZEN, step.ONE_PASS, step.JOINT]
+    flops, times, ratios, low_rank, memory = found["tables"].values()
+    student, whole, frozen, one, joint, lora, lora_one, both = (row["FLOPs"] for row in flops)
+    names = [step.STUDENT, step.WHOLE, step.FROZEN, step.ONE_PASS, step.JOINT, step.LORA, step.LORA_ONE_PASS]
+    assert [row["what"] for row in flops] == [*names, step.BOTH]
     assert both == student + whole
     # 32 ids, of which one becomes 36 patches and one 2 VoCo tokens, or for the plain model an unused slot.
     assert flops[3]["expected"] == pytest.approx((3 * 68 + 32) / (3 * 68))
     assert flops[4]["expected to be saved"] == pytest.approx(1 - (68 + 32) / (68 + 67))
-    assert student < one < frozen < joint < both
+    assert flops[5]["expected"] == pytest.approx(2 / 3)
+    assert flops[6]["expected"] == pytest.approx((2 * 68 + 32) / (3 * 68))
+    assert lora < student < one < frozen < joint < both and lora < lora_one < one
     assert flops[3]["saved by one pass"] == 1 - one / frozen and flops[2]["saved by one pass"] == 0
-    assert [row["what"] for row in times[:5]] == [row["what"] for row in memory] == [row["what"] for row in flops[:5]]
+    assert [row["what"] for row in times[:7]] == [row["what"] for row in memory] == names
+    assert low_rank[0]["best"] == pytest.approx(times[5]["min"] / times[0]["min"])
     assert ratios[0]["best"] == pytest.approx(times[3]["min"] / times[2]["min"])
     assert all(row["temporaries"] > 0 for row in memory) and "attention's dependence" in text
 

@@ -1,4 +1,5 @@
-"""What a teacher costs a training step: in a pass of its own, in the student's pass, or with a loss of its own."""
+"""What a training step costs: with a teacher in a pass of its own, in the student's pass or with a loss of its own, and
+with low-rank deltas in place of the weights."""
 
 import argparse
 import dataclasses
@@ -9,23 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokzip_jax import layout, stack, step, vlm
+from tokzip_jax import layout, lora, recipe, stack, step
 from tokzip_jax.bench.report import Report
 from tokzip_jax.bench.timing import CLOCKS, Case, interleave, ratio, rows_of
 from tokzip_jax.bench.voco import SMOLLM2_135M
 from tokzip_jax.bench.weights import random_weights
-from tokzip_jax.config import LlmConfig, LossConfig, MethodConfig, ModelConfig, OptimConfig, StageConfig, VitConfig
+from tokzip_jax.config import (
+    LlmConfig,
+    LoraConfig,
+    LossConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    StageConfig,
+    VitConfig,
+)
 from tokzip_jax.types import IMAGE_ID, VOCO_ID, Array, Params
 
 TINY = LlmConfig(vocab_size=32, width=32, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_positions=2048)
 # Two passes with a gradient are measured one by one and added.
-STUDENT, WHOLE, FROZEN, ONE_PASS, JOINT = (
+STUDENT, WHOLE, FROZEN, ONE_PASS, JOINT, LORA, LORA_ONE_PASS = (
     "no teacher",
     "no teacher, no VoCo token",
     "frozen teacher, two passes",
     "self-teacher, one pass",
     "both with a loss, one pass",
+    "LoRA, no teacher",
+    "LoRA, self-teacher, one pass",
 )
+BOTH = "both with a loss, two passes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,20 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=int, default=447, help="text tokens of a row, BOS among them")
     parser.add_argument("--voco", type=int, default=1, help="VoCo tokens")
     parser.add_argument("--layers", type=int, default=4, help="of the language model that is timed")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA's deltas, beside every matrix of a block")
     parser.add_argument("--remat", choices=("none", *stack.POLICIES), default="none", help="what is computed again")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: time of all threads")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """A training step with and without a teacher: FLOPs, seconds and memory."""
+    """A training step with and without a teacher and low-rank deltas: FLOPs, seconds and memory."""
     cfg = model(args)
     stages, batch = stages_of(args), rows(args, cfg.llm.vocab_size)
     needed = {name: layer_flops(cfg, stage, batch) for name, stage in stages.items()}
-    params = random_weights(shapes(cfg))
-    programs = {name: lowered(cfg, stage, params, batch).compile() for name, stage in stages.items()}
-    cases = {name: Case(functools.partial(program, params, batch)) for name, program in programs.items()}
+    params = random_weights(shapes(cfg, LoraConfig(**deltas(args))))
+    plain, _ = lora.split(params)
+    given = {name: params if stage.lora.rank else plain for name, stage in stages.items()}
+    programs = {name: lowered(cfg, stage, given[name], batch).compile() for name, stage in stages.items()}
+    cases = {name: Case(functools.partial(program, given[name], batch)) for name, program in programs.items()}
     seconds = interleave(cases, runs=args.runs, clock=CLOCKS[args.clock])
-    seconds["both with a loss, two passes"] = [sum(pair) for pair in zip(seconds[STUDENT], seconds[WHOLE], strict=True)]
+    seconds[BOTH] = [sum(pair) for pair in zip(seconds[STUDENT], seconds[WHOLE], strict=True)]
     memory = {name: program.memory_analysis() for name, program in programs.items()}
     return Report(
         name="step",
@@ -57,6 +73,7 @@ def run(args: argparse.Namespace) -> Report:
             "batch": args.batch,
             "dtype": args.dtype,
             "tokens": {"visual": args.grid**2, "text": args.text, "VoCo": args.voco},
+            "LoRA": deltas(args),
             "remat": args.remat,
             "attention": cfg.attention,
             "supervised": "the second half of the text",
@@ -68,7 +85,11 @@ def run(args: argparse.Namespace) -> Report:
             "seconds of loss and gradients": rows_of(seconds),
             "one pass / two passes": [
                 ratio(seconds, ONE_PASS, FROZEN),
-                ratio(seconds, JOINT, "both with a loss, two passes"),
+                ratio(seconds, JOINT, BOTH),
+            ],
+            "low-rank deltas / the weights": [
+                ratio(seconds, LORA, STUDENT),
+                ratio(seconds, LORA_ONE_PASS, ONE_PASS),
             ],
             "megabytes": [
                 {"what": name, "temporaries": each.temp_size_in_bytes / 1e6} for name, each in memory.items()
@@ -76,7 +97,8 @@ def run(args: argparse.Namespace) -> Report:
         },
         sentences=[
             "Expected are the ratios of rows times passes: a backward pass counts as two forward ones, remat 'full' "
-            "adds one to what is differentiated; attention's dependence on the number of keys is left out."
+            "adds one to what is differentiated, weights that do not train take one from a backward pass; attention's "
+            "dependence on the number of keys and the low-rank products are left out."
         ],
     )
 
@@ -89,23 +111,28 @@ def model(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(vit=vit, llm=llm, dtype=args.dtype, param_dtype=args.dtype, remat=args.remat)
 
 
+def deltas(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `LoraConfig`: deltas beside every matrix of a block."""
+    return {"rank": args.rank, "paths": (r"llm/layers/\d+/(attn/[qkvo]|mlp/(gate|up|down))/w",)}
+
+
 def stages_of(args: argparse.Namespace) -> dict[str, StageConfig]:
     """A stage for each case."""
-    losses = {
-        STUDENT: LossConfig(),
-        WHOLE: LossConfig(),
-        FROZEN: LossConfig(kl=1.0),
-        ONE_PASS: LossConfig(kl=1.0, teacher="self"),
-        JOINT: LossConfig(kl=1.0, teacher="self", teacher_ce=1.0),
-    }
+    own, low_rank = LossConfig(kl=1.0, teacher="self"), LoraConfig(**deltas(args))
     voco = MethodConfig(voco=args.voco, voco_mask="voco")
-    optim = OptimConfig(clip_norm=0.0)
-    return {
-        name: StageConfig(
-            train=("llm/.*", "projector/.*"), method=MethodConfig() if name == WHOLE else voco, loss=loss, optim=optim
-        )
-        for name, loss in losses.items()
+    stage = StageConfig(train=("llm/.*", "projector/.*"), method=voco, optim=OptimConfig(clip_norm=0.0))
+    stages = {
+        STUDENT: stage,
+        WHOLE: dataclasses.replace(stage, method=MethodConfig()),
+        FROZEN: dataclasses.replace(stage, loss=LossConfig(kl=1.0)),
+        ONE_PASS: dataclasses.replace(stage, loss=own),
+        JOINT: dataclasses.replace(stage, loss=dataclasses.replace(own, teacher_ce=1.0)),
+        LORA: stage,
+        LORA_ONE_PASS: dataclasses.replace(stage, loss=own),
     }
+    for name in (LORA, LORA_ONE_PASS):
+        stages[name] = dataclasses.replace(stages[name], train=("lora/.*",), lora=low_rank)
+    return stages
 
 
 def rows(args: argparse.Namespace, vocabulary: int) -> dict[str, Array]:
@@ -123,9 +150,10 @@ def rows(args: argparse.Namespace, vocabulary: int) -> dict[str, Array]:
     }
 
 
-def shapes(cfg: ModelConfig) -> Params:
-    """The parameters' shapes."""
-    return jax.eval_shape(functools.partial(vlm.init, cfg, "mlp2x_gelu"), jax.random.key(0))
+def shapes(cfg: ModelConfig, low_rank: LoraConfig) -> Params:
+    """The parameters' shapes, those of low-rank deltas among them where there are any."""
+    make = functools.partial(recipe.initial, cfg, "mlp2x_gelu", low_rank)
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 def lowered(cfg: ModelConfig, stage: StageConfig, params: Any, batch: dict[str, Array]) -> Any:
@@ -150,9 +178,10 @@ def layer_flops(cfg: ModelConfig, stage: StageConfig, batch: dict[str, Array]) -
 
     def count(layers: int) -> float:
         deep = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=layers))
-        params = shapes(deep)
+        params = shapes(deep, stage.lora)
         split = functools.partial(stack.split, cuts=range(1, layers))
-        params["llm"]["layers"] = jax.eval_shape(split, params["llm"]["layers"]["0"])
+        for part in (params, *filter(None, [params.get("lora")])):
+            part["llm"]["layers"] = jax.eval_shape(split, part["llm"]["layers"]["0"])
         return lowered(deep, stage, params, batch).cost_analysis()["flops"]
 
     return count(2) - count(1)
@@ -169,11 +198,13 @@ def flop_rows(args: argparse.Namespace, needed: dict[str, float]) -> list[dict[s
         FROZEN: often * student + once * whole,
         ONE_PASS: often * student + once * text,
         JOINT: often * (student + text),
+        # No gradient of the weights: a backward pass counts as one forward pass.
+        LORA: (often - 1) * student,
+        LORA_ONE_PASS: (often - 1) * student + once * text,
     }
-    both = "both with a loss, two passes"
     counts = {name: (needed[name], float(expected[name])) for name in needed}
-    counts[both] = tuple(sum(pair) for pair in zip(counts[STUDENT], counts[WHOLE], strict=True))
-    against = {ONE_PASS: FROZEN, JOINT: both}
+    counts[BOTH] = tuple(sum(pair) for pair in zip(counts[STUDENT], counts[WHOLE], strict=True))
+    against = {ONE_PASS: FROZEN, JOINT: BOTH}
     return [
         {
             "what": name,
