@@ -2,7 +2,7 @@
 
     python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
     python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
-    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--second_turn]
+    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--held_out=200] [--second_turn]
     python eval.py --workdir=DIR --learned="VoCo 1,VoCo 8" [--learned_pictures=2000]
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
@@ -12,7 +12,8 @@ place of its stage's; DIR need not exist, and what is in it stays: these results
 the config's platform is not (`--config.platform=`) or on another mesh.
 
 The third form measures other methods than those of the config's rows, each at every budget: "free" needs no training,
-"all" trains the projectors as the run trains its own compressors and goes on where it was killed. See `sweep`.
+"all" trains the projectors as the run trains its own compressors and goes on where it was killed; `--held_out` leaves
+so many training pictures out of these trainings, to choose learning rates on them. See `sweep`.
 
 The fourth form says what the VoCo tokens of rows learned: where they look, layer by layer, and which facts of a scene a
 linear read-out finds in their cache, as JSON and a figure. It needs pictures whose facts are known. See `learned_run`.
@@ -41,6 +42,7 @@ def run(
     again: bool = False,
     methods: tuple[str, ...] = (),
     budgets: tuple[int, ...] = sweep.BUDGETS,
+    held_out: int = 0,
     second_turn: bool = False,
     learned: tuple[str, ...] = (),
     pictures: int = learned_run.PICTURES,
@@ -53,7 +55,7 @@ def run(
         checkpoint: parameters to measure in the place of the stages' own.
         rows: which rows; () = all, which also writes table and figures.
         again: also measure the rows whose result the workdir holds.
-        methods, budgets: a sweep instead of the config's rows, see `sweep.plan`; () = none.
+        methods, budgets, held_out: a sweep instead of the config's rows, see `sweep.plan`; () = none.
         second_turn: with methods, also answers with tokens chosen for another question.
         learned: rows whose VoCo tokens are looked at, see `learned_run`; () = none.
         pictures: with learned, how many of the eval split.
@@ -65,6 +67,8 @@ def run(
     """
     if second_turn and not methods:
         raise ValueError("--second_turn needs --methods, whose second turn is measured")
+    if held_out and not methods:
+        raise ValueError("--held_out needs --methods, whose trainings leave pictures out")
     if methods and (checkpoint or rows):
         raise ValueError(
             "--methods measures a run's own checkpoints at every budget: give neither --checkpoint nor --rows"
@@ -79,7 +83,7 @@ def run(
     if not cfg.rows:
         raise ValueError("the config has no rows to measure: add some to its rows")
     if methods:
-        sweep.plan(cfg, methods, budgets)  # what cannot be is said before anything is opened
+        sweep.plan(cfg, methods, budgets, held_out=held_out)  # what cannot be is said before anything is opened
     if learned:
         learned_run.check(cfg, learned, pictures)
     if checkpoint or workdir.config.exists():
@@ -88,7 +92,8 @@ def run(
         workdir.read_config()  # says that there is no run
     with jax.set_mesh(mesh):
         if methods:
-            return sweep_run.make(cfg, workdir, mesh, methods, budgets, again=again, second=second_turn)
+            asked = {"held_out": held_out, "again": again, "second": second_turn}
+            return sweep_run.make(cfg, workdir, mesh, methods, budgets, **asked)
         if learned:
             return learned_run.make(cfg, workdir, mesh, learned, pictures)
         if checkpoint:
@@ -108,6 +113,9 @@ if __name__ == "__main__":
     REMEASURE = flags.DEFINE_bool("remeasure", False, "Measure also what the workdir holds already.")
     METHODS = flags.DEFINE_list("methods", [], "Methods to measure instead of the rows: all, free, or names.")
     BUDGETS = flags.DEFINE_list("budgets", list(map(str, sweep.BUDGETS)), "Visual tokens of a picture, with --methods.")
+    HELD_OUT = flags.DEFINE_integer(
+        "held_out", 0, "With --methods: training pictures that its trainings leave out, to choose learning rates on."
+    )
     SECOND = flags.DEFINE_bool(
         "second_turn", False, "With --methods: tokens chosen for one question read for the next."
     )
@@ -130,6 +138,7 @@ if __name__ == "__main__":
             again=REMEASURE.value,
             methods=tuple(METHODS.value),
             budgets=budgets,
+            held_out=HELD_OUT.value,
             second_turn=SECOND.value,
             learned=tuple(LEARNED.value),
             pictures=PICTURES.value,

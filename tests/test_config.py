@@ -320,6 +320,7 @@ def test_ladders_and_compact_positions():
     for wrong, message in (
         ({"threshold": -0.1}, r"rows\.lower\.auto\.threshold = -0\.1 must be >= 0"),
         ({"measure": "cosine"}, r"rows\.lower\.auto\.measure = 'cosine' is unknown; choose one of 'kl', 'probability'"),
+        ({"per": "row"}, r"rows\.lower\.auto\.per = 'row' is unknown; choose one of 'question', 'picture'"),
         ({"against": "first"}, r"rows\.lower\.auto\.against = 'first' is unknown; choose one of 'largest', 'next'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -310,10 +310,22 @@ def test_scoring_a_ladder(against):
     _, other = score(CFG, tiny.METHOD, tiny.params(), batch(first % 29 + 3), auto, **options)
     np.testing.assert_array_equal(other[:, :, 0], change[:, :, 0])
     auto = dataclasses.replace(auto, threshold=between(reference(against)))
-    found, chosen = elastic.pick(right, change, auto)
+    found, chosen = elastic.pick(right[:, :, 0], change[:, :, 0], auto, np.arange(4))
     rung = np.argmax(reference(against) <= auto.threshold, axis=0)
-    np.testing.assert_array_equal(chosen[:, 0], np.array(LADDER)[rung])
-    np.testing.assert_array_equal(found[:, 0], np.asarray(right)[rung, np.arange(4), 0])
+    np.testing.assert_array_equal(chosen, np.array(LADDER)[rung])
+    np.testing.assert_array_equal(found, np.asarray(right)[rung, np.arange(4), 0])
+
+
+def test_a_picture_keeps_what_its_questions_need():
+    """Pictures 3, 0 and 2: the largest number that one of its questions picks, for all of them."""
+    auto = AutoConfig(ladder=(1, 2, 8), threshold=0.5)
+    change = np.array([[0.1, 0.9, 0.2, 0.9, 0.6], [0.0, 0.4, 0.0, 0.7, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    right = np.array([[1, 1, 0, 0, 1], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]], bool)
+    pictures = np.array([3, 3, 0, 2, 2])
+    found, chosen = elastic.pick(right, change, auto, pictures)
+    assert chosen.tolist() == [1, 2, 1, 8, 2] and found.tolist() == [True, True, False, True, False]
+    found, chosen = elastic.pick(right, change, dataclasses.replace(auto, per="picture"), pictures)
+    assert chosen.tolist() == [2, 2, 1, 8, 8] and found.tolist() == [False, True, False, True, True]
 
 
 # In a run.
@@ -347,7 +359,8 @@ def test_a_stage_draws_by_its_key_and_the_number_of_its_step(monkeypatch, tmp_pa
 
 
 def test_a_row_of_the_table_whose_questions_choose(monkeypatch):
-    """Accuracy at the chosen numbers, their mean as tokens, and the costs of that mean; fillers are not counted."""
+    """Accuracy at the chosen numbers and their mean as tokens; a question is read at each of them, and a picture keeps
+    the largest one, or the mean of what pictures keep; fillers are not counted."""
     auto = AutoConfig(ladder=(1, 2, 8), threshold=0.5)
     row = RowConfig(method=tiny.METHOD, auto=auto)
     examples = [{"types": ["shape", "yes/no"], "answers": ["red", "no"]}, {"types": ["shape"], "answers": ["blue"]}]
@@ -367,8 +380,15 @@ def test_a_row_of_the_table_whose_questions_choose(monkeypatch):
     assert asked == [dataclasses.replace(auto, threshold=0.0)]  # one program for every threshold
     assert found.visual_tokens == pytest.approx((1 + 2 + 8) / 3)
     assert found.accuracy == pytest.approx(2 / 3) and found.accuracy_by_type == {"shape": 0.5, "yes/no": 1.0}
-    costs = flops.ledger(CFG, tiny.METHOD, text_tokens=7, read_voco=11 / 3)
-    assert (found.kv_bytes, found.prefill_flops) == (costs.kv_bytes, costs.prefill_flops)
+    read = {count: flops.ledger(CFG, tiny.METHOD, text_tokens=7, read_voco=count) for count in auto.ladder}
+    assert found.kv_bytes == read[8].kv_bytes
+    assert found.prefill_flops == sum(read[count].prefill_flops for count in auto.ladder)
     assert found.note == "means; of 1, 2, 8 tokens the fewest within 0.5 (kl) of the largest"
     lines = table.text_table([found]).splitlines()
     assert "3.67" in lines[2] and found.note in lines[2]
+    # The first picture's questions need 2 tokens, that of the second one 8.
+    row = dataclasses.replace(row, auto=dataclasses.replace(auto, per="picture"))
+    kept = runner.Runner(RunConfig(model=CFG), None, mesh, None, examples).measure("auto", row)
+    assert asked[1:] == asked[:1] and kept.note.endswith("of the largest for all questions of a picture")
+    assert kept.visual_tokens == 4 and kept.accuracy == pytest.approx(1 / 3)
+    assert kept.kv_bytes == 4 * read[1].kv_bytes and kept.prefill_flops == found.prefill_flops

@@ -85,6 +85,24 @@ def test_methods_of_a_budget():
     assert progressive.methods(VOCO, Budget(2, 5)) == (VOCO.method, VOCO.method)
 
 
+def test_a_frozen_teacher_reads_no_voco_tokens(tmp_path):
+    """It was never trained to: the whole picture, whatever the student's number; over patches it has its budget."""
+    frozen = dataclasses.replace(VOCO, init_from="a", loss=LossConfig(kl=1.0))
+    found, own = (
+        [progressive.budget(stage, tiny.MODEL, number, 3, "a") for number in range(10)] for stage in (frozen, VOCO)
+    )
+    assert [line.student for line in found] == [line.student for line in own]
+    assert {line.teacher for line in found} == {0}
+    assert progressive.methods(frozen, found[0]) == (VOCO.method, None)
+    ready = recipe.prepare(run_of(VOCO), "a", sharding.make_mesh(MeshConfig()), Workdir(tmp_path))
+    ready = dataclasses.replace(ready, cfg=frozen, budget=lambda number: found[number])
+    for number in (0, 9):
+        program, given = ready.at(number)
+        assert program is ready.program(VOCO.method, None) and given["counts"] == found[number].student
+    over_patches = dataclasses.replace(ENCODER, init_from="a", loss=LossConfig(kl=1.0))
+    assert progressive.budget(over_patches, tiny.MODEL, 9, 3, "a") == progressive.budget(ENCODER, tiny.MODEL, 9, 3, "a")
+
+
 def change(stage, **fields):
     return dataclasses.replace(stage, progressive=dataclasses.replace(stage.progressive, **fields))
 

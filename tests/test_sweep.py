@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, training
+from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, sweep_times, training
 from tokzip_jax.config import AutoConfig, MeshConfig, MethodConfig, OptimConfig
+from tokzip_jax.data import sources
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.evals.shared import Memory, SharedRunner, language_model, reading, side_by_side
@@ -81,11 +82,13 @@ def test_rows_and_refusals_of_the_tiny_recipe(tmp_path):
 def test_published_schedules_follow_the_depth():
     deep = small_run.load_file(small_run.ROOT / "configs" / "tiny.py").run_config()
     model = dataclasses.replace(deep.model, llm=dataclasses.replace(deep.model.llm, layers=32))
-    lines, _ = sweep.plan(dataclasses.replace(deep, model=model), ["fastv", "sparsevlm", "pyramiddrop"], (1,))
+    names = ["fastv", "sparsevlm", "sparsevlm_v1", "pyramiddrop"]
+    lines, _ = sweep.plan(dataclasses.replace(deep, model=model), names, (1,))
     found = {line.method: (line.row.method.decoder_layers, line.row.method.decoder_keep) for line in lines}
     assert found == {
         "fastv": ((2,), (8,)),
-        "sparsevlm": ((2, 6, 15), (13, 10, 8)),
+        "sparsevlm": ((3, 7, 16), (13, 10, 8)),
+        "sparsevlm_v1": ((3, 7, 16, 20), (13, 11, 10, 8)),
         "pyramiddrop": ((8, 16, 24), (13, 10, 8)),
     }
 
@@ -107,6 +110,7 @@ def test_free_and_all_name_every_method():
         (("mlp2x_gelu",), (1,), "--methods holds 'mlp2x_gelu'"),
         (("tome",), (0,), "give at least one each, budgets >= 1"),
         (("tome",), (), "give at least one each, budgets >= 1"),
+        (("ldp",), (3,), "no method can meet its budget: ldp 3: 3 tokens cannot be made of 4 x 4 patches, but 4"),
     ],
 )
 def test_what_is_refused(asked, budgets, words, tmp_path):
@@ -129,8 +133,43 @@ def test_rates_of_a_run_without_a_study_are_searched_where_a_split_can_choose(tm
 def test_a_projector_needs_a_recipe(tmp_path):
     cfg = small_run.tiny(str(tmp_path))
     alone = dataclasses.replace(cfg, stages={"base": cfg.stages["base"]})
-    _, refused = sweep.plan(alone, ["ldp"], (4,))
-    assert refused[0].reason.startswith("no stage begins from 'base' with another projector or a VoCo mask")
+    with pytest.raises(ValueError, match="no stage begins from 'base' with another projector or a VoCo mask"):
+        sweep.plan(alone, ["ldp"], (4,))
+
+
+def test_every_method_has_a_row_at_some_budget():
+    """At the default ones, on 64 patches; the reason is known where there is none."""
+    cfg = small_run.load_file(small_run.ROOT / "configs" / "quickstart.py").run_config()
+    lines, refused = sweep.plan(cfg, ["all"], sweep.BUDGETS)
+    missing = set(sweep.named(cfg, ["all"])) - {line.method for line in lines}
+    assert missing == {"linear"}
+    assert {line.reason for line in refused if line.method == "linear"} == {
+        f"{tokens} tokens cannot be made of 8 x 8 patches, but 64" for tokens in sweep.BUDGETS
+    }
+    rows = {line.name: line.row.method for line in lines}
+    assert rows["visionzip_restore 16"].options == {"restore": 0.5}
+    assert rows["tome 16"].options == {} and rows["tome 9"].options == {"inflect": -0.5}
+    # Published for 576 patches: 32 neighbours, 16 crops, 13.5 tokens a rank.
+    assert rows["prumerge 16"].options == {"neighbours": 4} and rows["holov 16"].options == {"crops": 2}
+    assert rows["sparsevlm_v1 32"].decoder_scale == 1.5
+
+
+def test_the_runs_own_variants_are_not_taken_for_the_method(tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    method = MethodConfig(encoder="cls_attention", tokens=4, options={"order": "lowest"})
+    cfg = dataclasses.replace(cfg, rows={**cfg.rows, "lowest": dataclasses.replace(cfg.rows["upper"], method=method)})
+    lines, _ = sweep.plan(cfg, ["cls_attention", "cls_attention_lowest"], (4,))
+    assert [line.row.method.options for line in lines] == [{}, {"order": "lowest"}]
+
+
+def test_pictures_are_held_out_of_the_trainings_alone(tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    lines, _ = sweep.plan(cfg, ["ldp", "tome"], (4, 15), held_out=3)
+    assert [line.data.held_out for line in lines] == [3, 0, 0] and lines[0].row.stage == "ldp-4-heldout3"
+    assert len(sweep.run_config(cfg, lines[:1]).study.learning_rates) == 3
+    for data in (dataclasses.replace(cfg.data, held_out=4), dataclasses.replace(cfg.data, name="scenes")):
+        with pytest.raises(ValueError, match="--held_out=3 must be 0 for these data"):
+            sweep.plan(dataclasses.replace(cfg, data=data), ["ldp"], (4,), held_out=3)
 
 
 def test_table_and_files(run):
@@ -138,8 +177,8 @@ def test_table_and_files(run):
     folder = workdir.eval / "methods"
     summary = {row["method"]: row for row in json.loads((folder / "summary.json").read_text())}
     assert list(summary) == [
-        *("question-only prior", "lower", "upper", "cls_attention 1", "cls_attention 3"),
-        *("cdpruner 1", "cdpruner 3", "downsample 1", "fastv 8", "nested_pool 1"),
+        *("question-only prior", "lower", "upper", "downsample 1", "cls_attention 1", "cls_attention 3"),
+        *("cdpruner 1", "cdpruner 3", "fastv 8", "nested_pool 1"),
     ]
     refused = json.loads((folder / "refused.json").read_text())
     assert [(line["method"], line["tokens"]) for line in refused] == [("downsample", 3), ("nested_pool", 3)]
@@ -156,6 +195,11 @@ def test_table_and_files(run):
         summary["fastv 8"]["visual_tokens"] == 16
         and summary["fastv 8"]["prefill_flops"] < summary["upper"]["prefill_flops"]
     )
+    assert [summary[name]["layer_tokens"] for name in ("upper", "fastv 8", "cdpruner 3")] == [16, (16 + 8) / 2, 3]
+    # CDPruner has all patches projected before it chooses, downsampling looks at a smaller picture.
+    pictures = [summary[name]["picture_flops"] for name in ("downsample 1", "cls_attention 3", "upper", "cdpruner 3")]
+    assert pictures == sorted(set(pictures))
+    assert summary["fastv 8"]["decode_flops"] < summary["upper"]["decode_flops"]
     text = (folder / "table.txt").read_text()
     assert "prefill ms" in text and "| cdpruner 3 |" in (folder / "table.md").read_text()
     assert all((workdir.figures / f"{name}.png").stat().st_size > 1000 for name in ("methods", "methods_kept"))
@@ -167,12 +211,15 @@ def test_a_second_call_measures_nothing(run, monkeypatch):
     for name in ("measure", "score"):
         monkeypatch.setattr(SharedRunner, name, None)
     monkeypatch.setattr(training, "train_stage", None)
-    monkeypatch.setattr(sweep_run, "interleave", None)
+    monkeypatch.setattr(sweep_times, "interleave", None)
     text = evaluate.run(workdir, methods=ASKED, budgets=BUDGETS)
     assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
     assert (workdir.eval / "methods" / "table.txt").read_text().strip() in text
     assert "downsample 3: 3 tokens are no smaller square grid" in text
     assert "the time of stage 'pooled'; VoCo's rows were not" in text
+    # A part of it: what was written of the others stays, and so do their refusals.
+    evaluate.run(workdir, methods=("fastv", "cls_attention"), budgets=(1,))
+    assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
 
 
 def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
@@ -203,6 +250,25 @@ def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
     assert set(kept) == {"2 VoCo tokens, voco", "3 tokens", "16 tokens"}
     assert kept["2 VoCo tokens, voco"] == times["VoCo 2"]
     assert found[4].accuracy == 0.75 and found[4].accuracy_equal_time is None
+
+
+def test_rows_of_one_question_are_no_longer_than_they_need(run):
+    """Trained without padding; what equal time is measured by has the run's rows, and reading has room for more."""
+    cfg, workdir = run
+    lines, _ = sweep.plan(cfg, ["llamavid", "ldp"], (4,))
+    work = sweep_run.Sweep.create(cfg, workdir, sharding.make_mesh(cfg.mesh), lines)
+    alone, other = work.lines
+    tokenizer, longest = workdir.load_tokenizer(cfg.data), 0
+    for split in ("train", "test"):
+        source = sources.load(cfg.data, split)
+        for text in map(source.text, range(len(source))):
+            for asked in zip(text["questions"], text["answers"]):
+                longest = max(longest, 4 + sum(len(tokenizer.encode(part).ids) for part in asked))
+    assert alone.data.text_length == longest < cfg.data.text_length == other.data.text_length
+    study = work.study([alone])
+    assert study.cfg.data.text_length == longest and study.cfg.data.questions == 1
+    assert study.timed_in["pooled"].data == cfg.data
+    assert work._note(alone) == "trained with one question a row, where others have 2.0"
 
 
 def opened(run, name, memory=None):
@@ -314,3 +380,19 @@ def test_second_turns_keep_the_first_choice(run, monkeypatch):
     for example in range(4):
         np.testing.assert_allclose(seen[2, example, 0], seen[1, example, 0], rtol=1e-5, atol=1e-6)
         assert (1, example, 1) in seen
+
+
+def test_second_turns_of_every_line_are_kept(run, monkeypatch, tmp_path):
+    cfg, workdir = run
+    lines, _ = sweep.plan(cfg, ["cls_attention", "nested_pool"], (1,))
+    work = sweep_run.Sweep.create(cfg, workdir, sharding.make_mesh(cfg.mesh), lines)
+    read = []
+    numbers = {"kept": 0.5, "again": None, "questions": 4}
+    monkeypatch.setattr(second_turn, "measure", lambda runner, line: read.append(line.row.stage) or numbers)
+    columns = {"second_kept": 0.5, "second_again": None}
+    for _ in range(2):
+        assert second_turn.measure_all(work, tmp_path) == dict.fromkeys(("cls_attention 1", "nested_pool 1"), columns)
+    assert read == ["base", "nested_pool-lr0.001-seed0"]
+    work.base.examples[:] = [{**example, "questions": example["questions"][:1]} for example in work.base.examples]
+    with pytest.raises(ValueError, match="--second_turn needs pictures with two questions"):
+        second_turn.check(work.base)

@@ -218,16 +218,18 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoConfig:
-    """Every question picks its own number of VoCo tokens, see `elastic.choose`.
+    """The number of VoCo tokens follows from the question, see `elastic.choose`.
 
-    The table shows means over the questions. What the choosing costs, one reading of the question a number, is in no
-    column; and a picture about which anything may still be asked keeps the largest number.
+    The table shows means over the questions. To choose, a question is read once a number, which `prefill` counts.
     """
 
     ladder: tuple[int, ...] = ()  # ascending, up to method.voco; () = all questions read method.voco tokens
     threshold: float = 0.0  # the smallest number is taken whose first answer token changes by no more than this
     measure: str = "kl"  # of the change: "kl" (nats) or "probability" (the largest difference of one)
     against: str = "largest"  # to what: the "largest" number of the ladder, or the "next" one
+    # Whose number it is: each "question"'s, and the cache keeps the largest one; or the "picture"'s, the largest that
+    # any of its questions picks, and the cache keeps no more.
+    per: str = "question"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

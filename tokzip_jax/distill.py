@@ -4,7 +4,8 @@
     "frozen"       those of `init_from`   the whole picture, no VoCo token               its own
     "self"         the model's, now       the student's visual tokens, no VoCo token     the student's (`onepass`)
 
-A progressive schedule gives either teacher a budget of its own for the student's compressor, and a pass of its own.
+A progressive schedule gives a teacher a budget of its own for the student's compressor, and a pass of its own; but not
+a frozen one over VoCo tokens, which its checkpoint need not have been trained to read: it reads the whole picture.
 Weights mix the terms: `ce` and `kl` of the student, `teacher_ce` of the text that reads the student's visual tokens
 without VoCo tokens, with gradient. That one is a self-teacher's anchor: a KL alone is zero, too, where teacher and
 student agree on nonsense. A frozen teacher needs none. The student's own cross entropy is a weaker anchor, and the one

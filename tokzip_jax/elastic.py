@@ -1,4 +1,4 @@
-"""One model for every number k of VoCo tokens: training with k drawn at random, and k chosen by the question itself.
+"""One model for every number k of VoCo tokens: training with k drawn at random, and k chosen by what is asked.
 
 Elastic training inserts another number of VoCo tokens in every step or row; slots that are not used are padding, so
 that one program serves all numbers. VoCo-LLaMA (arXiv 2406.12275, table 4) finds that a model trained with 32 tokens
@@ -25,6 +25,7 @@ from tokzip_jax.voco import VocoCache
 DRAWS = ("turn", "random", "row")
 MEASURES = ("kl", "probability")
 AGAINST = ("largest", "next")
+PER = ("question", "picture")
 # Sets this draw apart from everything else that is drawn from a stage's key and a step's number.
 SALT = zlib.crc32(b"voco_draw")
 
@@ -77,6 +78,7 @@ def check_auto(key: str, auto: AutoConfig, method: MethodConfig) -> None:
         raise ValueError(f"{key}.auto.threshold = {auto.threshold} must be >= 0 and finite")
     _one_of(f"{key}.auto.measure", auto.measure, MEASURES)
     _one_of(f"{key}.auto.against", auto.against, AGAINST)
+    _one_of(f"{key}.auto.per", auto.per, PER)
 
 
 def draw(stage: StageConfig, key: Array, number: Array, rows: int) -> Array:
@@ -264,7 +266,22 @@ def score_step(
     return right[::-1], change[::-1]
 
 
-def pick(right_RBq: np.ndarray, change_RBq: np.ndarray, auto: AutoConfig) -> tuple[np.ndarray, np.ndarray]:
-    """What `score_step` found at the chosen rung of every question: right [B, q] bool, and the number of tokens."""
-    rung = np.asarray(choose(change_RBq, auto.threshold))
-    return np.take_along_axis(np.asarray(right_RBq), rung[None], axis=0)[0], np.asarray(auto.ladder)[rung]
+def pick(
+    right_RX: np.ndarray, change_RX: np.ndarray, auto: AutoConfig, picture_X: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `score_step` found at the chosen rung of X questions.
+
+    Args:
+        right_RX, change_RX: entries of its results, all of a split: a picture's questions may stand in several rows.
+        auto: ladder, threshold, and whether questions or pictures choose.
+        picture_X: int, which picture a question is about.
+
+    Returns:
+        right [X] bool, and the number of tokens [X].
+    """
+    rung = np.asarray(choose(change_RX, auto.threshold))
+    if auto.per == "picture":
+        most = np.zeros(int(np.max(picture_X, initial=0)) + 1, rung.dtype)
+        np.maximum.at(most, picture_X, rung)
+        rung = most[picture_X]
+    return np.take_along_axis(np.asarray(right_RX), rung[None], axis=0)[0], np.asarray(auto.ladder)[rung]

@@ -25,7 +25,12 @@ SITES = ("", "encoder", "voco")
 
 
 class Budget(NamedTuple):
-    """Tokens of a picture in one step: visual ones (site "encoder") or VoCo tokens (site "voco")."""
+    """Tokens of a picture in one step: visual ones (site "encoder") or VoCo tokens (site "voco").
+
+    Attributes:
+        student: of the student.
+        teacher: of the teacher; 0 = it reads the whole picture, as a frozen one does at site "voco".
+    """
 
     student: int
     teacher: int
@@ -63,13 +68,16 @@ def budget(stage: StageConfig, model: ModelConfig, number: int, seed: int, name:
         # Of two that are equally near, the larger one.
         kept = [min(cfg.budgets, key=lambda size, wanted=wanted: (abs(size - wanted), -size)) for wanted in kept]
     # Where nobody asks the teacher, its budget makes no program of its own.
-    return Budget(*kept) if stage.loss.kl > 0 else Budget(kept[0], kept[0])
+    if stage.loss.kl == 0:
+        return Budget(kept[0], kept[0])
+    return Budget(kept[0], 0) if cfg.site == "voco" and stage.loss.teacher == "frozen" else Budget(*kept)
 
 
-def methods(stage: StageConfig, found: Budget) -> tuple[MethodConfig, MethodConfig]:
-    """The methods of student and teacher: of site "encoder" each with its tokens, of site "voco" the stage's own."""
+def methods(stage: StageConfig, found: Budget) -> tuple[MethodConfig, MethodConfig | None]:
+    """The methods of student and teacher: of site "encoder" each with its tokens, of site "voco" the stage's own; None
+    for a teacher that reads the whole picture."""
     if stage.progressive.site != "encoder":
-        return stage.method, stage.method
+        return stage.method, stage.method if found.teacher else None
     student, teacher = (_with_tokens(stage.method, tokens) for tokens in found)
     return student, teacher
 

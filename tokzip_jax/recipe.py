@@ -64,13 +64,14 @@ class Stage:
 
     def at(self, number: int) -> tuple[RunStep, dict[str, np.ndarray]]:
         """The program of step `number` (from 0), and what to give it; with a progressive schedule the VoCo counts are
-        those of [student, teacher]."""
+        those of [student, teacher], or the student's where the teacher reads the whole picture."""
         if self.budget is None:
             return self.run_step, self.given(number)
         found = self.budget(number)
+        student, teacher = progressive.methods(self.cfg, found)
         counts = found if self.cfg.progressive.site == "voco" else [voco_count(self.cfg, number)] * 2
-        program = self.program(*progressive.methods(self.cfg, found))
-        return program, {**self.given(number), "counts": np.asarray(counts, np.int32)}
+        given = np.asarray(counts if teacher else counts[0], np.int32)
+        return self.program(student, teacher), {**self.given(number), "counts": given}
 
 
 def initial(cfg: ModelConfig, projector: str, deltas: LoraConfig, key: Array) -> Params:
@@ -234,7 +235,9 @@ def _program(
             key=key,
             max_targets=targets,
         )
-        if reads is not None:
+        if reads is None and stage.progressive.site:
+            metrics |= {"student_tokens": jnp.float32(counts)}
+        elif reads is not None:
             read = counts if stage.progressive.site == "voco" else (method.tokens, reads.tokens)
             metrics |= {"student_tokens": jnp.float32(read[0]), "teacher_tokens": jnp.float32(read[1])}
         return following, {**metrics, "learning_rate": given["rate"]}

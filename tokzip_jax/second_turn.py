@@ -2,7 +2,7 @@
 
 Rows of two questions are read with what is chosen for the first one (`step.answers`, `turns`), and the second answer
 counts; the two do not see each other. Beside it stand the same questions with a choice of their own. A method that does
-not look at the question has one number for both.
+not look at the question has one number for both. What was trained is read of its first seed.
 """
 
 import dataclasses
@@ -18,11 +18,6 @@ from tokzip_jax.evals.shared import SharedRunner
 from tokzip_jax.metrics import say
 from tokzip_jax.sweep import Line
 from tokzip_jax.workdir import write_atomically
-
-CAPTION = (
-    "Second turn: accuracy on a question, with tokens chosen for the question before it (kept) and for itself (again). "
-    "Methods that need no training."
-)
 
 
 class Work(Protocol):
@@ -52,14 +47,8 @@ def answered(runner: SharedRunner, line: Line, questions: int) -> dict[tuple[int
 
 
 def measure(runner: SharedRunner, line: Line) -> dict[str, Any]:
-    """A line of the table: "kept", "again" (None for a method that does not look at the question), "questions".
-
-    Raises:
-        ValueError: no picture has two questions.
-    """
+    """Of a line: "kept", "again" (None for a method that does not look at the question), "questions"."""
     kept = answered(runner, line, 2)
-    if not kept:
-        raise ValueError("--second_turn needs pictures with two questions, and this split has none")
     again = None
     if line.alone:
         alone = answered(runner, line, 1)
@@ -67,21 +56,29 @@ def measure(runner: SharedRunner, line: Line) -> dict[str, Any]:
     return {"kept": sum(kept.values()) / len(kept), "again": again, "questions": len(kept)}
 
 
-def make(work: Work, folder: pathlib.Path) -> str:
-    """The table as text, and `second_turn.json`, where a measured line is kept."""
+def check(runner: SharedRunner) -> None:
+    """Refuse a split that has no second turns.
+
+    Raises:
+        ValueError: no picture has two questions.
+    """
+    if not any(len(example["questions"]) > 1 for example in runner.examples):
+        raise ValueError("--second_turn needs pictures with two questions, and this split has none")
+
+
+def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float | None]]:
+    """The columns of every line, {name: {"second_kept": ..., "second_again": ...}}; what was measured is kept in
+    `second_turn.json`."""
     path = folder / "second_turn.json"
     known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    table = [f"{'method':24}  {'kept %':>7}  {'again %':>7}"]
     for line in work.lines:
-        if line.training:
-            continue
-        row = json.loads(config_io.to_json(line.row))
+        runner = work.runner(line)
+        read = dataclasses.replace(line, row=runner.cfg.rows[line.name])
+        row = json.loads(config_io.to_json(read.row))
         if work.again or known.get(line.name, {}).get("row") != row:
-            known[line.name] = {**measure(work.runner(line), line), "row": row}
+            known[line.name] = {**measure(runner, read), "row": row}
             say(f"{line.name}, second turn: {known[line.name]['kept']:.4f}")
             if jax.process_index() == 0:
                 write_atomically(path, json.dumps(known, indent=2) + "\n")
-        found = known[line.name]
-        again = "-" if found["again"] is None else f"{100 * found['again']:.1f}"
-        table.append(f"{line.name:24}  {100 * found['kept']:7.1f}  {again:>7}")
-    return "\n".join([*table, "", CAPTION])
+    names = {"second_kept": "kept", "second_again": "again"}
+    return {line.name: {key: known[line.name][name] for key, name in names.items()} for line in work.lines}

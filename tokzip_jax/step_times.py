@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -18,21 +18,20 @@ STEPS = 4  # timed at a time
 WARM = 2  # steps before the first timed one of a program
 
 
-def measure(cfg: RunConfig, names: Sequence[str], workdir: Workdir, mesh: Mesh) -> dict[str, float]:
+def measure(stages: Mapping[str, RunConfig], workdir: Workdir, mesh: Mesh) -> dict[str, float]:
     """Seconds of a step of the stages, by name: the median over `ROUNDS` rounds, without compilation.
 
     They are measured in turns, so that what else the machine does hits all alike.
 
     Args:
-        cfg: of the run.
-        names: of the stages; what each begins from has to be trained.
+        stages: name -> the config that the stage is part of; what each begins from has to be trained.
         workdir, mesh: of the run.
 
     Raises:
         FileNotFoundError: a stage's checkpoint to begin from is not there.
     """
-    say(f"timing a step of {len(names)} stages")
-    runs = [TimedStage(cfg, name, workdir, mesh) for name in names]
+    say(f"timing a step of {len(stages)} stages")
+    runs = [TimedStage(cfg, name, workdir, mesh) for name, cfg in stages.items()]
     for run in runs:
         run.warm_up()
     seconds = [[run.steps(turn) for run in runs] for turn in range(ROUNDS)]

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -106,12 +106,14 @@ class Study:
     Attributes:
         cfg, workdir, mesh: of the run.
         readers: the runner of each split and limit; made when first asked for.
+        timed_in: configs of stages whose step is not timed as part of `cfg`.
     """
 
     cfg: RunConfig
     workdir: Workdir
     mesh: Mesh
     readers: dict[tuple[str, int], Runner] = dataclasses.field(default_factory=dict)
+    timed_in: Mapping[str, RunConfig] = dataclasses.field(default_factory=dict)
 
     def trainings(self) -> Iterator[tuple[RunConfig, str]]:
         """What has to be trained, in order: (config, its stage). Train each one before asking for the next, which may
@@ -242,6 +244,10 @@ class Study:
         found = self._reader(cfg).cached(row_name(name, variant, split), again=again)
         return dataclasses.replace(found, method=name)
 
+    def first_reader(self) -> Runner:
+        """A runner of the table's rows, those of studied stages read from the first seed's training."""
+        return self._reader(self.first())
+
     def _reader(self, cfg: RunConfig) -> Runner:
         """A runner of a config; the examples of its split are read once."""
         key = (cfg.eval.split, cfg.eval.limit)
@@ -312,7 +318,8 @@ class Study:
             if not path.exists():
                 study = self.cfg.study
                 names = [*dict.fromkeys([*study.stages, *filter(None, [study.equal_time])])]
-                times = step_times.measure(self.cfg, names, self.workdir, self.mesh)
+                stages = {name: self.timed_in.get(name, self.cfg) for name in names}
+                times = step_times.measure(stages, self.workdir, self.mesh)
                 if jax.process_index() == 0:
                     write_atomically(path, json.dumps(times, indent=2) + "\n")
                 # Lengths of trainings follow from these: every process has to read the same ones.

@@ -1,39 +1,46 @@
 """Measure the rows of a sweep, training what has to be trained; every piece is kept in the workdir and done once."""
 
 import dataclasses
-import functools
 import json
+import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import generate, layout, plots, plots_sweep, second_turn, sharding, sweep, voco
-from tokzip_jax.bench.timing import Case, interleave, spread
+from tokzip_jax import flops, plots, plots_sweep, second_turn, sweep
 from tokzip_jax.checkpoint import finished
-from tokzip_jax.config import MethodConfig, ModelConfig, RunConfig
+from tokzip_jax.config import RunConfig
+from tokzip_jax.data import sources
 from tokzip_jax.evals import shared, table
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import MetricWriter, say
 from tokzip_jax.study import POLL, Study, rates
 from tokzip_jax.sweep import Line, Refused
+from tokzip_jax.sweep_times import ROUNDS, Prefills
 from tokzip_jax.training import train_all
-from tokzip_jax.types import Array, Params, VisualTokens
+from tokzip_jax.types import VisualTokens
 from tokzip_jax.workdir import Workdir, write_atomically
 
 FOLDER = "methods"  # under eval/
-ROUNDS = 5  # of the timing
 KEPT_PICTURES = 3  # of the figure of kept tokens
 CAPTION = (
     "accuracy: exact match, per cent; % of full = x / {upper}; retention = (x - {lower}) / ({upper} - {lower}).\n"
     "prefill: FLOPs of the language model from a picture's visual tokens to the first token of an answer; prefill ms: "
     "the same measured, the median of {rounds} runs of a batch of {batch} questions divided by {batch}; methods that "
     "give equally many tokens share the program and the number. VoCo's rows are the run's own, read from their cache.\n"
-    "Decoder-site methods keep half of the visual tokens; their count is what the last cut leaves."
+    "a layer: visual tokens that a layer works on, the mean of the layers; picture: FLOPs before any question (tower, "
+    "projector, VoCo's stage one); decode: FLOPs of the language model for the second token of an answer.\n"
+    "Decoder-site methods keep half of the visual tokens: the number in their name is what the last cut keeps, merged "
+    "tokens not counted, and `tokens` is how many enter the language model."
+)
+SECOND = (
+    "2nd turn: accuracy on a question with the tokens that were chosen for the question before it; chosen again: with "
+    "those chosen for itself."
 )
 EQUAL = "equal time: trained for as many steps as take the time of stage {name!r}; VoCo's rows were not."
 
@@ -46,8 +53,8 @@ class Sweep:
         cfg, workdir, mesh: of the run.
         lines: its rows.
         base: runner of the run's own rows.
+        prefills: times the questions' prefills.
         again: also measure what the workdir holds.
-        timed: prefills that were timed by this sweep.
     """
 
     cfg: RunConfig
@@ -55,8 +62,8 @@ class Sweep:
     mesh: Mesh
     lines: list[Line]
     base: SharedRunner
+    prefills: Prefills
     again: bool = False
-    timed: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def create(cls, cfg: RunConfig, workdir: Workdir, mesh: Mesh, lines: list[Line], *, again: bool = False) -> "Sweep":
@@ -73,10 +80,16 @@ class Sweep:
         signals = set().union(*(shared.tower_signals(line.model, line.row.method) for line in lines))
         opened = SharedRunner.create(cfg, workdir, mesh)
         base = dataclasses.replace(opened, memory=Memory(tuple(sorted(signals))))
-        return cls(cfg, workdir, mesh, lines, base, again)
+        prefills = Prefills(cfg, _part(workdir), mesh, base, again)
+        return cls(cfg, workdir, mesh, _without_padding(lines, base), base, prefills, again)
 
     def runner(self, line: Line) -> SharedRunner:
-        """Of a line's model and data; pictures and features are shared."""
+        """Of a line's model and data; pictures and features are shared. What was trained is read of its first seed."""
+        if line.training:
+            found = self.study([line]).first_reader()
+            full = {name: getattr(self.cfg.data, name) for name in ("text_length", "targets")}
+            data = dataclasses.replace(found.cfg.data, **full)  # rows of several questions are asked for too
+            return dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, data=data))
         cfg = sweep.run_config(self.cfg, [line])
         return dataclasses.replace(self.base, cfg=cfg, workdir=_part(self.workdir))
 
@@ -103,8 +116,8 @@ class Sweep:
             return dataclasses.replace(self.base.cached(own, again=self.again), method=line.name)
         return self.runner(line).cached(line.name, again=self.again)
 
-    def trained(self, lines: Sequence[Line]) -> list[table.RowResult]:
-        """The rows of one stage, which is trained at the study's learning rates and seeds where it was not yet."""
+    def study(self, lines: Sequence[Line]) -> Study:
+        """The trainings of the lines of one stage, at the study's learning rates and seeds."""
         cfg, stage = sweep.run_config(self.cfg, lines), lines[0].row.stage
         part = _part(self.workdir, stage)
         split, limit = cfg.study.split, cfg.study.limit
@@ -113,12 +126,18 @@ class Sweep:
         if len(rates(cfg, stage)) > 1 and (split, limit) not in readers:
             measured = dataclasses.replace(cfg.eval, split=split, limit=limit)
             readers[split, limit] = SharedRunner.create(dataclasses.replace(cfg, eval=measured), part, self.mesh)
-        study = Study(cfg, part, self.mesh, readers)
+        # The stage that says how long trainings take has rows as full as the run's.
+        reference = dataclasses.replace(cfg, data=dataclasses.replace(self.cfg.data, held_out=cfg.data.held_out))
+        return Study(cfg, part, self.mesh, readers, {cfg.study.equal_time: reference})
+
+    def trained(self, lines: Sequence[Line]) -> list[table.RowResult]:
+        """The rows of one stage, which is trained where it was not yet."""
+        study = self.study(lines)
         with MetricWriter(self.workdir.root) as writer:
             train_all(study, writer)
         rows = [study.row(line.name, again=self.again) for line in lines]
         study.write_record()
-        notes = ["; ".join(filter(None, (row.note, _note(line)))) for row, line in zip(rows, lines)]
+        notes = ["; ".join(filter(None, (row.note, self._note(line)))) for row, line in zip(rows, lines)]
         return [dataclasses.replace(row, note=note) for row, note in zip(rows, notes)]
 
     def rows(self) -> Iterator[list[table.RowResult]]:
@@ -151,106 +170,69 @@ class Sweep:
         cfg = self.cfg
         upper = cfg.rows[cfg.eval.upper].method
         lines = {line.name: line for line in self.lines if line.name in done}
-        bounds, own = self.bounds(), self.own()
+        bounds, own = [list(map(self._costed, rows)) for rows in (self.bounds(), self.own())]
         # What a question that picks its own number of tokens takes is no single time.
         untimed = [*bounds[:-1], *(row for row in own if cfg.rows[row.method].auto.ladder)]
         own = [row for row in own if row not in untimed]
         methods = [(cfg.model, upper), *((cfg.model, cfg.rows[row.method].method) for row in own)]
-        times = self.prefill([*methods, *((line.model, line.row.method) for line in lines.values())])
-        rows = [bounds[-1], *own, *(done[name] for name in lines)]
+        times = self.prefills.milliseconds([*methods, *((line.model, line.row.method) for line in lines.values())])
+        rows = [bounds[-1], *own, *(self._costed(done[name], line) for name, line in lines.items())]
         rows = [dataclasses.replace(row, prefill_ms=ms) for row, ms in zip(rows, times, strict=True)]
         return table.with_bounds([*untimed, *rows], upper=cfg.eval.upper, lower=cfg.eval.lower)
 
-    def prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
-        """Milliseconds a question, the median of runs in turns; kept in the workdir, measured where one is missing."""
-        with self.workdir.hold("times of prefills"):
-            return self._prefill(methods)
+    def _costed(self, row: table.RowResult, line: Line | None = None) -> table.RowResult:
+        """A row, of a line or of the run's own, with what the ledger says besides."""
+        given = line.row if line else self.cfg.rows[row.method]
+        if not given.stage:
+            return row
+        read = row.visual_tokens if given.auto.ladder else None
+        model = line.model if line else self.cfg.model
+        text = {"text_tokens": self.base.question_tokens, **self.base.pictures(given)}
+        costs = flops.ledger(model, given.method, read_voco=read, **text)
+        return dataclasses.replace(
+            row,
+            layer_tokens=costs.mean_tokens if costs.picture_flops is None else costs.read_tokens,
+            picture_flops=costs.vit_flops + costs.projector_flops + (costs.picture_flops or 0),
+            decode_flops=costs.decode_flops,
+        )
 
-    def _prefill(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
-        path = _part(self.workdir).eval / "prefill.json"
-        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        wanted = {_program(model, method): method for model, method in methods}
-        if any(name not in kept or (self.again and name not in self.timed) for name in wanted):
-            kept |= self._time(wanted)
-            self.timed.update(wanted)
-            if jax.process_index() == 0:
-                write_atomically(path, json.dumps(kept, indent=2) + "\n")
-        return [kept[_program(model, method)] for model, method in methods]
+    def _note(self, line: Line) -> str:
+        method = line.row.method
+        notes = [f"{method.pool} pooling"] if method.factor else []
+        notes += ["one training for all budgets"] if line.training.method.draw_budget else []
+        if line.alone:
+            packed = self.base.rows()
+            asked = sum(int(np.sum(batch["question"] >= 0)) for batch in packed)
+            rows = sum(int(np.sum(batch["example"] >= 0)) for batch in packed)
+            notes += [f"trained with one question a row, where others have {asked / rows:.1f}"]
+        return "; ".join(notes)
 
-    def _time(self, wanted: dict[str, MethodConfig]) -> dict[str, float]:
-        say(f"timing {len(wanted)} prefills")
-        cfg = dataclasses.replace(self.cfg, data=dataclasses.replace(self.cfg.data, questions=1))
-        runner = dataclasses.replace(self.base, cfg=cfg)
-        row = cfg.rows[cfg.eval.upper]
-        params, batch = runner.load(row), runner.rows()[0]
-        everything = runner.encode(params, row.method, batch, jax.random.key(0))
-        asked = (batch["sample"] > 0) & ~batch["supervised"]
-        prompt = {name: np.where(asked, batch[name], 0) for name in shared.TEXT}
-        prompt = sharding.place(self.mesh, prompt, "data")
-        cases = {}
-        for name, method in wanted.items():
-            if method.voco_mask != "visible":
-                cases[name] = Case(self._from_cache(params, batch, method))
-                continue
-            tokens = _slots(everything, int(name.split()[0]))
-            run = functools.partial(_first_logits, cfg.model, shared.reading(method))
-            cases[name] = Case(functools.partial(run, shared.language_model(params), prompt, tokens))
-        shared.side_by_side(self.mesh, lambda case: jax.block_until_ready(case.function()), cases.values())  # compiles
-        seconds = interleave(cases, runs=ROUNDS)
-        return {name: 1000 * spread(values)["median"] / len(batch["example"]) for name, values in seconds.items()}
 
-    def _from_cache(self, params: Params, batch: dict[str, np.ndarray], method: MethodConfig) -> Callable[[], Array]:
-        """Stage two of VoCo tokens: the questions of a batch, read from the cache of its pictures."""
-        model, images = self.cfg.model, self.base.memory.images[np.maximum(batch["example"], 0)]
-        given = {**{name: batch[name] for name in shared.TEXT}, "images": images}
-        ids, asked = layout.question(given, batch["ids"].shape[1])
-        ids = ids[:, : int(asked.sum(axis=1).max())]
-        given = sharding.place(self.mesh, given, "data")
-        build = functools.partial(voco.build, model, method=method, positions="compact")
-        cache = jax.jit(lambda params, batch: build(params, batch))(params, given)
-        return functools.partial(_first_logits_of_cache, model, shared.language_model(params), cache, ids)
+def _without_padding(lines: list[Line], base: SharedRunner) -> list[Line]:
+    """Lines whose training has one question a row, with rows no longer than the longest question needs.
+
+    The padding would be most of a step, and make it as slow as one with many questions.
+    """
+    if not any(line.training and line.alone for line in lines):
+        return lines
+    longest = 0
+    splits = {"train", "validation", base.cfg.eval.split} if sources.has_validation(base.cfg.data) else {"train"}
+    for split in {*splits, base.cfg.eval.split}:
+        data = dataclasses.replace(base.cfg.data, questions=1)
+        rows = sources.load(data, split, tile=base.cfg.model.vit.image_size).rows(base.tokenizer, data)
+        longest = max(longest, int(np.max(np.diff(rows.start))))
+
+    def shorter(line: Line) -> Line:
+        length = min(line.data.text_length, longest)
+        targets = min(line.data.targets, length)
+        return dataclasses.replace(line, data=dataclasses.replace(line.data, text_length=length, targets=targets))
+
+    return [shorter(line) if line.training and line.alone else line for line in lines]
 
 
 def _part(workdir: Workdir, stage: str = "") -> Workdir:
     """The run's workdir with a folder for the results of the sweep, or for those of one of its stages."""
     return Workdir(workdir.root, f"{FOLDER}/{stage}" if stage else FOLDER)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _first_logits(
-    cfg: ModelConfig, method: MethodConfig, params: Params, batch: dict[str, Array], visual: VisualTokens
-) -> Array:
-    return generate.prefill(cfg, params, batch, method, max_new=1, visual=visual).logits_BV
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _first_logits_of_cache(cfg: ModelConfig, params: Params, cache: voco.VocoCache, ids_BT: Array) -> Array:
-    return voco.ask(cfg, params, cache, ids_BT, max_new=1).logits_BV
-
-
-def _slots(tokens: VisualTokens, count: int) -> VisualTokens:
-    """The first `count` of a picture's tokens, or zeros behind them: the time does not depend on which they are."""
-    if count > tokens.valid_BM.shape[1]:
-        return dataclasses.replace(shared.pad(tokens, count), valid_BM=np.ones((len(tokens.valid_BM), count), bool))
-    names = ("tokens_BMD", "valid_BM", "position_BM", "size_BM")
-    return dataclasses.replace(tokens, **{name: getattr(tokens, name)[:, :count] for name in names})
-
-
-def _program(model: ModelConfig, method: MethodConfig) -> str:
-    """What a prefill depends on: the visual tokens that enter, and the decoder site; or the VoCo tokens in a cache."""
-    if method.voco_mask != "visible":
-        return f"{method.voco} VoCo tokens, {method.voco_mask}"
-    count = sweep.vlm.visual_slots(model, dataclasses.replace(method, **shared.NO_DECODER))
-    cuts = f" {method.decoder} {method.decoder_layers} {method.decoder_keep}" if method.decoder != "none" else ""
-    return f"{count} tokens{cuts}{' biased' if method.attention_bias else ''}"
-
-
-def _note(line: Line) -> str:
-    method = line.row.method
-    notes = [f"{method.pool} pooling"] if method.factor else []
-    notes += ["one training for all budgets"] if line.training and line.training.method.draw_budget else []
-    notes += ["trained with one question a row"] if line.alone else []
-    return "; ".join(notes)
 
 
 def make(
@@ -260,49 +242,78 @@ def make(
     asked: Sequence[str],
     budgets: Sequence[int],
     *,
+    held_out: int = 0,
     again: bool = False,
     second: bool = False,
 ) -> str:
     """A whole sweep: its table as text; `eval/methods/` and two figures.
 
+    The table also has the rows of earlier sweeps in this workdir, so that `all` can be asked for in pieces.
+
     Args:
         cfg, workdir, mesh: of the run; call this with the mesh set.
-        asked, budgets: see `sweep.plan`.
+        asked, budgets, held_out: see `sweep.plan`.
         again: also measure what the workdir holds already.
-        second: also the table of second turns, see `second_turn`.
+        second: also the accuracy of second turns, see `second_turn`.
 
     Raises:
-        ValueError: as `sweep.plan`.
+        ValueError: as `sweep.plan`; `second`, and no picture has two questions.
         FileNotFoundError: the stage of the upper bound was not trained to its end.
     """
     start = time.perf_counter()
-    lines, refused = sweep.plan(cfg, asked, budgets)
+    lines, refused = sweep.plan(cfg, asked, budgets, held_out=held_out)
     work = Sweep.create(cfg, workdir, mesh, lines, again=again)
-    text = ""
-    for rows in work.rows():
-        with workdir.hold("table of methods"):
-            text = _write(work, rows, refused)
-    with workdir.hold("table of methods"):
-        draw(work, rows, budgets)
     if second:
-        text += f"\n\n{second_turn.make(work, _part(workdir).eval)}"
+        second_turn.check(work.base)
+    stages = {line.row.stage for line in lines if line.training}
+    say(f"{len(lines)} rows, of which {len(stages)} stages have to be trained; {len(refused)} budgets that cannot be")
+    for rows in work.rows():
+        written = _write(work, rows, refused)
+    if second:
+        turns = second_turn.measure_all(work, _part(workdir).eval)
+        rows = [dataclasses.replace(row, **turns.get(row.method, {})) for row in rows]
+        written = _write(work, rows, refused)
+    with workdir.hold("table of methods"):
+        draw(work, written, budgets)
+    text = f"{table.text_table(written)}\n\n{_caption(work, written)}"
+    if refused:
+        text += "\n\nBudgets that cannot be:\n" + "\n".join(map(str, refused))
     taken = time.perf_counter() - start
     return f"{text}\n{taken:.0f} s; written to {_part(workdir).eval} and {workdir.figures}"
 
 
-def _write(work: Sweep, rows: list[table.RowResult], refused: list[Refused]) -> str:
-    cfg, folder = work.cfg, _part(work.workdir).eval
-    caption = CAPTION.format(
-        upper=cfg.eval.upper, lower=cfg.eval.lower, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"])
-    )
-    if any(line.training for line in work.lines):
+def _write(work: Sweep, rows: list[table.RowResult], refused: list[Refused]) -> list[table.RowResult]:
+    """Write the table with what earlier sweeps wrote; all its rows."""
+    folder, names = _part(work.workdir).eval, sweep.named(work.cfg, ["all"])
+    with work.workdir.hold("table of methods"):
+        known = {row.method for row in rows}
+        earlier = [row for row in _read(folder / "summary.json") if row["method"] not in known]
+        merged = [*rows, *(table.RowResult(**row) for row in earlier if row["method"].split()[0] in names)]
+        first = [row for row in merged if row.method.split()[0] not in names]
+        rest = [row for row in merged if row not in first]
+        rest = sorted(rest, key=lambda row: (names.index(row.method.split()[0]), int(row.method.split()[1])))
+        bounds = {"upper": work.cfg.eval.upper, "lower": work.cfg.eval.lower}
+        merged = table.with_bounds([*first, *rest], **bounds)
+        asked = {(line.method, line.tokens) for line in refused} | {(line.method, line.tokens) for line in work.lines}
+        old = [line for line in _read(folder / "refused.json") if (line["method"], line["tokens"]) not in asked]
+        if jax.process_index() == 0:
+            table.write(merged, folder)
+            found: list[dict[str, Any]] = [*old, *(dataclasses.asdict(line) for line in refused)]
+            write_atomically(folder / "refused.json", json.dumps(found, indent=2) + "\n")
+    return merged
+
+
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _caption(work: Sweep, rows: list[table.RowResult]) -> str:
+    cfg = work.cfg
+    bounds = {"upper": cfg.eval.upper, "lower": cfg.eval.lower}
+    caption = CAPTION.format(**bounds, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"]))
+    if any(row.accuracy_equal_time is not None for row in rows):
         caption += "\n" + EQUAL.format(name=sweep.template(cfg))
-    cannot = "\n".join(f"{line.method} {line.tokens}: {line.reason}" for line in refused)
-    if jax.process_index() == 0:
-        table.write(rows, folder)
-        found: list[dict[str, Any]] = [dataclasses.asdict(line) for line in refused]
-        write_atomically(folder / "refused.json", json.dumps(found, indent=2) + "\n")
-    return f"{table.text_table(rows)}\n\n{caption}" + (f"\n\nBudgets that cannot be:\n{cannot}" if cannot else "")
+    return caption + ("\n" + SECOND if any(row.second_kept is not None for row in rows) else "")
 
 
 def draw(work: Sweep, rows: list[table.RowResult], budgets: Sequence[int]) -> None:

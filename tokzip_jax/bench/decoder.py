@@ -13,29 +13,18 @@ from tokzip_jax.bench.report import Report
 from tokzip_jax.bench.timing import CLOCKS, Case, interleave, ratio, rows_of
 from tokzip_jax.bench.voco import SMOLLM2_135M, TARGET, TINY, question_ids
 from tokzip_jax.bench.weights import random_weights
-from tokzip_jax.compress.decoder import DECODER
+from tokzip_jax.compress.decoder import DECODER, cuts
 from tokzip_jax.config import MethodConfig, ModelConfig, VitConfig
 from tokzip_jax.flops import layer_tokens, scheduled_flops
 from tokzip_jax.masks import TABLES
 from tokzip_jax.types import IMAGE_ID, Array, Params
 
 FULL = "uncompressed"
-# Published schedules: cuts of 32 layers, and what each leaves of 576 visual tokens.
-_FASTV, _PYRAMID = (((2, 288),), ((8, 288), (16, 144), (24, 72)))
-_SPARSE = ((3, 300), (7, 200), (16, 110))
-SCHEDULES = {
-    "fastv": _FASTV,
-    "fastv_paper": _FASTV,
-    "pyramiddrop": _PYRAMID,
-    "sparsevlm": _SPARSE,
-    "sparsevlm_v1": _SPARSE,
-    "sparsevlm_plus": _SPARSE,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--methods", nargs="+", choices=DECODER, default=list(SCHEDULES), help="which ones")
+    parser.add_argument("--methods", nargs="+", choices=DECODER, default=list(DECODER), help="which ones")
     parser.add_argument("--batch", type=int, default=1, help="rows at once")
     parser.add_argument("--grid", type=int, default=24, help="visual tokens of a side: 24 are 576")
     parser.add_argument("--text", type=int, default=64, help="text tokens behind the picture")
@@ -100,12 +89,10 @@ def model(args: argparse.Namespace) -> ModelConfig:
 
 def method(name: str, cfg: ModelConfig) -> MethodConfig:
     """A method with its published schedule, in proportion to this model's layers and visual tokens."""
-    layers: list[int] = []
-    for layer, _ in SCHEDULES[name]:
-        layers.append(max(round(layer * cfg.llm.layers / 32), layers[-1] + 1 if layers else 1))
-    keep = tuple(max(1, count * cfg.vit.patches // 576) for _, count in SCHEDULES[name])
+    schedule = cuts(name, cfg.llm.layers)
+    keep = tuple(max(1, count * cfg.vit.patches // 576) for count in schedule.values())
     heads = min(MethodConfig.decoder_heads, cfg.llm.heads)
-    return MethodConfig(decoder=name, decoder_layers=tuple(layers), decoder_keep=keep, decoder_heads=heads)
+    return MethodConfig(decoder=name, decoder_layers=tuple(schedule), decoder_keep=keep, decoder_heads=heads)
 
 
 def rows(args: argparse.Namespace, vocabulary: int) -> dict[str, Array]:

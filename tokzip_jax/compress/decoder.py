@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from tokzip_jax.compress import fastv, pyramiddrop, sparsevlm
 from tokzip_jax.types import Array
 
+DEPTH = 32  # layers of the models that schedules are published for
+
 
 class Look(NamedTuple):
     """What a rule reads of G pictures.
@@ -70,6 +72,8 @@ class Decoder(NamedTuple):
         positions: "original" (position ids stay, with gaps) or "compact" (they are renumbered), as released.
         merged: merged(slots, keep) -> how many slots for merged tokens a cut adds.
         ahead: read the attention of the layer behind the cut instead of the layer before it.
+        published: (the first layer that sees fewer tokens, how many) of 32 layers and 576 tokens. SparseVLM's cuts are
+            behind the layers 2, 6, 15 (v1 also 19). v1 has no numbers but rank-dependent ones: here their upper limits.
         classes: of the survey (arXiv 2507.20198).
         count: how many tokens go on, in words.
         source: where it is published.
@@ -81,6 +85,7 @@ class Decoder(NamedTuple):
     positions: str
     merged: Callable[[int, int], int] = _no_merging
     ahead: bool = False
+    published: tuple[tuple[int, int], ...] = ()
     classes: tuple[str, ...] = ("attention",)
     count: str = "the budget"
     source: str = ""
@@ -133,18 +138,27 @@ def _sparsevlm_plus(look: Look, setting: Setting) -> Choice:
     return Choice(fastv.best(sparsevlm.rate(weights, look.counts_GR), look.valid_GV, setting.keep))
 
 
-_FASTV = {"source": "arXiv 2403.06764", "file": "fastv"}
+_FASTV = {"source": "arXiv 2403.06764", "file": "fastv", "published": ((2, 288),)}
 _SPARSEVLM = {"classes": ("attention", "query"), "source": "arXiv 2410.04417", "file": "sparsevlm"}
 _AND_MERGED = "the budget, and merged ones"
 DECODER = {
     "fastv": Decoder(_fastv, "last", "original", **_FASTV),
     "fastv_paper": Decoder(_fastv_paper, "prompt", "original", **_FASTV),
-    "pyramiddrop": Decoder(_pyramiddrop, "last", "compact", ahead=True, source="arXiv 2410.17247", file="pyramiddrop"),
+    "pyramiddrop": Decoder(
+        _pyramiddrop,
+        "last",
+        "compact",
+        ahead=True,
+        published=((8, 288), (16, 144), (24, 72)),
+        source="arXiv 2410.17247",
+        file="pyramiddrop",
+    ),
     "sparsevlm": Decoder(
         _sparsevlm,
         "text",
         "compact",
         lambda slots, keep: sparsevlm.recycled(slots - keep)[1],
+        published=((3, 300), (7, 200), (16, 110)),
         count=_AND_MERGED,
         **_SPARSEVLM,
     ),
@@ -153,11 +167,22 @@ DECODER = {
         "text",
         "compact",
         lambda slots, keep: sparsevlm.recycled(slots)[1],
+        published=((3, 300), (7, 200), (16, 110), (20, 110)),
         count="by rank, up to the budget, and merged ones",
         **_SPARSEVLM,
     ),
-    "sparsevlm_plus": Decoder(_sparsevlm_plus, "text", "original", **_SPARSEVLM),
+    "sparsevlm_plus": Decoder(
+        _sparsevlm_plus, "text", "original", published=((3, 300), (7, 200), (16, 118)), **_SPARSEVLM
+    ),
 }
+
+
+def cuts(name: str, depth: int) -> dict[int, int]:
+    """The published schedule of a method in proportion to `depth` layers: first layer with fewer tokens -> how many of
+    576; of cuts that fall together the last one."""
+    return {
+        min(max(1, round(depth * layer / DEPTH)), depth - 1): count for layer, count in DECODER[name].published
+    }
 
 
 class Step(NamedTuple):

@@ -66,7 +66,8 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-    share: bool = False,
+    share: float = 0.0,
+    patches: int = 0,
 ) -> Any:
     """A field of a method's options.
 
@@ -74,9 +75,10 @@ def option(
         default: its value where a config says nothing.
         choices: all values of a str.
         low, high, above: the range of a number: from `low` to `high`, or greater than `above`.
-        share: a part of the budget, which keeps its share of another one.
+        share: it is a part of the budget, which keeps its share of another one; this share of it is published.
+        patches: the default is published for so many patches, and means as large a part of others.
     """
-    limits = {"choices": choices, "low": low, "high": high, "above": above, "share": share}
+    limits = {"choices": choices, "low": low, "high": high, "above": above, "share": share, "patches": patches}
     return dataclasses.field(default=default, metadata=limits)
 
 

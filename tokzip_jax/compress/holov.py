@@ -158,7 +158,7 @@ def holov(
 class Options(Selecting):
     """See `holov`; compared are "projected" patches (as released) or the "patches" themselves."""
 
-    crops: int = option(16, low=1)
+    crops: int = option(16, low=1, patches=576)
     alpha: float = option(0.09, low=0.0)
     overflow: str = option("official", choices=OVERFLOW)
     compare: str = option("projected", choices=COMPARE)

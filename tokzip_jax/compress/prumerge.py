@@ -249,7 +249,7 @@ class Options:
     """See the module; merge "paper" reads the features' own block, "official" the last one."""
 
     count: str = option("sample", choices=COUNTS)
-    neighbours: int = option(32, low=1)
+    neighbours: int = option(32, low=1, patches=576)
     merge: str = option("official", choices=MERGES)
 
 

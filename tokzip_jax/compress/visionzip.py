@@ -169,7 +169,7 @@ def _check_arguments(
 class Options(Selecting):
     """See the module; `contextual` of the budget's tokens are merged ones, the others dominant (CLS among them)."""
 
-    contextual: int = option(0, low=0, share=True)
+    contextual: int = option(0, low=0, share=10 / 64)
     merge: str = option("official", choices=MERGES)
     targets: str = option("official", choices=TARGETS)
 

@@ -112,7 +112,7 @@ class Options:
     """See the module; a group is `side` x `side` patches, `contextual` of the budget's tokens are merged ones."""
 
     side: int = option(2, low=1)
-    contextual: int = option(0, low=0, share=True)
+    contextual: int = option(0, low=0, share=10 / 64)
     merge: str = option("official", choices=MERGES)
     targets: str = option("official", choices=TARGETS)
 

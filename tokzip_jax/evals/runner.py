@@ -126,6 +126,23 @@ class Runner:
             counts["stitched"] = mean(tokens)
         return counts
 
+    def costs(self, row: RowConfig, read: float | None = None) -> flops.Ledger:
+        """What a row costs on paper; `read`: the mean number of VoCo tokens where questions or pictures pick it.
+
+        To pick it, a question is read once for each number; where questions pick, a picture keeps the largest one.
+        """
+        rows = {"text_tokens": self.question_tokens, **self.pictures(row)}
+
+        def reading(count: float | None) -> flops.Ledger:
+            return flops.ledger(self.cfg.model, row.method, read_voco=count, **rows)
+
+        costs = reading(read)
+        if not row.auto.ladder:
+            return costs
+        kept = reading(row.auto.ladder[-1]) if row.auto.per == "question" else costs
+        prefill = sum(reading(count).prefill_flops for count in row.auto.ladder)
+        return dataclasses.replace(costs, prefill_flops=prefill, kv_bytes=kept.kv_bytes)
+
     def load(self, row: RowConfig) -> Params:
         """The parameters that a row is about, with the LoRA deltas of its stage attached.
 
@@ -173,9 +190,10 @@ class Runner:
         # What can be an argument is one, so that rows which differ in mask, VoCo count or seed share a program.
         static = dataclasses.replace(method, voco=slots, voco_mask="visible", seed=0)
         visible, count = step.mask_table(method), np.int32(method.voco)
-        static_auto = dataclasses.replace(auto, threshold=0.0)  # the choice is made out here
+        static_auto = dataclasses.replace(auto, threshold=0.0, per=FIXED.per)  # the choice is made out here
         key = jax.random.key(seed)
-        tally, counts = scoring.Tally(), []
+        asked: list[tuple[int, int]] = []  # (example, question)
+        found: list[np.ndarray] = []  # of each, whether it is answered, or with a ladder [2, R]: that, and the change
         for batch in self.batches(order):
             # Every host holds the same rows; each device takes its part.
             inputs = {name: batch[name] for name in (*MODEL_INPUTS, "example") if name in batch}
@@ -183,16 +201,19 @@ class Runner:
             max_targets = batch["supervised"].shape[1]
             questions = batch["question"].shape[1]
             run = _scorer(self.cfg.model, static, questions, max_targets, self.mesh, static_auto)
-            found = jax.device_get(run(params, inputs, visible, count, key))
-            right, chosen = elastic.pick(*found, auto) if auto.ladder else (found, None)
-            for row, example in enumerate(batch["example"]):
-                for thread, question in enumerate(batch["question"][row]):
-                    if example >= 0 and question >= 0:
-                        asked = self.examples[example]
-                        kind, answer = asked["types"][question], asked["answers"][question]
-                        tally.add(kind, answer, bool(right[row, thread]))
-                        counts += [] if chosen is None else [int(chosen[row, thread])]
-        return tally.score(), float(np.mean(counts)) if counts else None
+            result = np.asarray(jax.device_get(run(params, inputs, visible, count, key)))
+            real = (batch["example"][:, None] >= 0) & (batch["question"] >= 0)
+            examples = np.broadcast_to(batch["example"][:, None], real.shape)
+            asked += zip(examples[real].tolist(), batch["question"][real].tolist())
+            found.append(result[..., real])
+        right, chosen = np.concatenate(found, axis=-1), None
+        if auto.ladder:
+            right, chosen = elastic.pick(right[0] > 0, right[1], auto, np.array([example for example, _ in asked]))
+        tally = scoring.Tally()
+        for (example, question), answered in zip(asked, right, strict=True):
+            text = self.examples[example]
+            tally.add(text["types"][question], text["answers"][question], bool(answered))
+        return tally.score(), None if chosen is None else float(np.mean(chosen))
 
     def prior(self) -> scoring.Score:
         """The question-only prior of the training split."""
@@ -208,8 +229,7 @@ class Runner:
         results = []
         for seed in range(row.method.seed, row.method.seed + row.seeds):
             score, read = self.score(params, row.method, seed, row.auto, row.frame_order)
-            rows = {"text_tokens": self.question_tokens, **self.pictures(row)}
-            costs = flops.ledger(self.cfg.model, row.method, read_voco=read, **rows)
+            costs = self.costs(row, read)
             results.append(dataclasses.replace(_result(name, costs, score), note=_note(row.auto)))
         return table.mean_over_seeds(results)
 
@@ -268,7 +288,9 @@ def _note(auto: AutoConfig) -> str:
     if not auto.ladder:
         return ""
     rungs = ", ".join(map(str, auto.ladder))
-    return f"means; of {rungs} tokens the fewest within {auto.threshold:g} ({auto.measure}) of the {auto.against}"
+    every = " for all questions of a picture" if auto.per == "picture" else ""
+    within = f"within {auto.threshold:g} ({auto.measure}) of the {auto.against}"
+    return f"means; of {rungs} tokens the fewest {within}{every}"
 
 
 def _result(name: str, costs: flops.Ledger | None, score: scoring.Score) -> table.RowResult:

@@ -22,6 +22,8 @@ SUMMARY_KEYS = (
     "kv_bytes",
     "prefill_flops",
 )
+# What a sweep of methods adds.
+SWEEP_KEYS = ("layer_tokens", "picture_flops", "decode_flops", "prefill_ms", "second_kept", "second_again")
 # What a study adds.
 STUDY_KEYS = (
     "note",
@@ -46,7 +48,13 @@ class RowResult:
         kv_bytes: bytes that these pictures keep in the KV cache while questions about it are answered.
         prefill_flops: FLOPs of the language model from a question to the first token of its answer.
         percent_of_full, retention: ratios, see `retention.py`; `with_bounds` fills them in.
-        prefill_ms: measured milliseconds of such a prefill, a question's share of a batch.
+        layer_tokens: visual tokens that a layer of the language model works on, the mean of the layers; where VoCo
+            tokens stand for them, those.
+        picture_flops: FLOPs of a picture before any question: vision tower, projector, VoCo's stage one.
+        decode_flops: FLOPs of the language model for the second token of an answer.
+        prefill_ms: measured milliseconds of a prefill, a question's share of a batch.
+        second_kept, second_again: accuracy on the second question of a row with what was chosen for the first one, and
+            with what is chosen for itself (`second_turn`).
         note: a remark, shown in a last column.
         seeds: over how many seeds the accuracies are means.
         spread: half the range of `accuracy` over those seeds.
@@ -63,7 +71,12 @@ class RowResult:
     prefill_flops: float | None = None
     percent_of_full: float | None = None
     retention: float | None = None
+    layer_tokens: float | None = None
+    picture_flops: float | None = None
+    decode_flops: float | None = None
     prefill_ms: float | None = None
+    second_kept: float | None = None
+    second_again: float | None = None
     note: str = ""
     seeds: int = 1
     spread: float | None = None
@@ -149,9 +162,10 @@ def markdown_table(rows: Sequence[RowResult]) -> str:
 def summary(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
     """What `eval/summary.json` holds: per row the keys of `SUMMARY_KEYS`, None where the table shows a dash.
 
-    A table with a measured prefill also has "prefill_ms", one with a row that a study trained those of `STUDY_KEYS`.
+    A table with a measured prefill also has those of `SWEEP_KEYS`, one with a row that a study trained those of
+    `STUDY_KEYS`.
     """
-    keys = SUMMARY_KEYS + ("prefill_ms",) * any(row.prefill_ms is not None for row in rows)
+    keys = SUMMARY_KEYS + SWEEP_KEYS * any(row.prefill_ms is not None for row in rows)
     keys += STUDY_KEYS * any(row.train_seconds is not None for row in rows)
     return [{key: getattr(row, key) for key in keys} for row in rows]
 
@@ -220,7 +234,17 @@ def _columns(rows: Sequence[RowResult]) -> dict[str, Callable[[RowResult], str]]
         "prefill": lambda row: with_unit(row.prefill_flops, "FLOP"),
     }
     if any(row.prefill_ms is not None for row in rows):
-        columns["prefill ms"] = lambda row: DASH if row.prefill_ms is None else f"{row.prefill_ms:.3g}"
+        columns |= {
+            "prefill ms": lambda row: DASH if row.prefill_ms is None else f"{row.prefill_ms:.3g}",
+            "a layer": lambda row: DASH if row.layer_tokens is None else f"{row.layer_tokens:.4g}",
+            "picture": lambda row: with_unit(row.picture_flops, "FLOP"),
+            "decode": lambda row: with_unit(row.decode_flops, "FLOP"),
+        }
+    if any(row.second_kept is not None for row in rows):
+        columns |= {
+            "2nd turn %": lambda row: _percent(row.second_kept),
+            "chosen again %": lambda row: _percent(row.second_again),
+        }
     if any(row.train_seconds is not None for row in rows):
         columns |= {
             "lr": lambda row: DASH if row.learning_rate is None else f"{row.learning_rate:g}",
