@@ -269,7 +269,7 @@ def test_a_stage_reads_its_frames(built, tok, name, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "train_iterator", begun)
     for start in (
         lambda: training.train_stage(cfg, name, mesh, workdir, None),
-        lambda: step_times.TimedStage(cfg, name, workdir, mesh),
+        lambda: step_times.TimedStage(cfg, name, workdir, mesh, {}),
     ):
         with pytest.raises(Enough):
             start()

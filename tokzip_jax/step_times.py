@@ -1,8 +1,10 @@
 """How long a step of each stage takes, so that methods can be compared after equal training time."""
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -31,7 +33,8 @@ def measure(stages: Mapping[str, RunConfig], workdir: Workdir, mesh: Mesh) -> di
         FileNotFoundError: a stage's checkpoint to begin from is not there.
     """
     say(f"timing a step of {len(stages)} stages")
-    runs = [TimedStage(cfg, name, workdir, mesh) for name, cfg in stages.items()]
+    batches: dict[Any, Any] = {}
+    runs = [TimedStage(cfg, name, workdir, mesh, batches) for name, cfg in stages.items()]
     for run in runs:
         run.warm_up()
     seconds = [[run.steps(turn) for run in runs] for turn in range(ROUNDS)]
@@ -39,23 +42,29 @@ def measure(stages: Mapping[str, RunConfig], workdir: Workdir, mesh: Mesh) -> di
 
 
 class TimedStage:
-    """A stage that takes a few steps whenever it is asked to; what it learns is thrown away."""
+    """A stage that takes a few steps whenever it is asked to; what it learns is thrown away.
 
-    def __init__(self, cfg: RunConfig, name: str, workdir: Workdir, mesh: Mesh) -> None:
+    Args:
+        cfg, name: which.
+        workdir, mesh: of the run.
+        batches: where stages that read the same data find the batch that they share.
+    """
+
+    def __init__(self, cfg: RunConfig, name: str, workdir: Workdir, mesh: Mesh, batches: dict[Any, Any]) -> None:
         self.name, self._mesh = name, mesh
         self._stage = recipe.prepare(cfg, name, mesh, workdir)
+        # Held, so that none is traced again when there are more stages than programs that `recipe` keeps.
+        self._at = functools.cache(self._stage.at)
         share, shares = sharding.data_share(mesh)
-        data = pipeline.train_iterator(
-            clips.reading(cfg.data, self._stage.cfg.frame_order),
-            workdir.load_tokenizer(cfg.data),
-            image_size=cfg.model.vit.image_size,
-            batch_size=self._stage.cfg.batch_size // shares,
-            seed=cfg.seed + self._stage.cfg.seed,
-            process_index=share,
-            process_count=shares,
-        )
-        # One batch will do: its values change nothing in what a step costs.
-        self._batch = sharding.shard_batch(mesh, next(data))
+        data = clips.reading(cfg.data, self._stage.cfg.frame_order)
+        sizes = {"image_size": cfg.model.vit.image_size, "batch_size": self._stage.cfg.batch_size // shares}
+        key = (data, *sizes.values())
+        if key not in batches:
+            options = {**sizes, "seed": cfg.seed, "process_index": share, "process_count": shares}
+            read = pipeline.train_iterator(data, workdir.load_tokenizer(cfg.data), **options)
+            batches[key] = sharding.shard_batch(mesh, next(read))
+        # One for all: what attention leaves out depends on where the questions of a row begin and end.
+        self._batch = batches[key]
         self._state = self._stage.begin()
 
     def _number(self, turn: int) -> int:
@@ -63,7 +72,7 @@ class TimedStage:
         return self._stage.cfg.steps * turn // ROUNDS
 
     def _run(self, number: int) -> None:
-        run_step, given = self._stage.at(number)
+        run_step, given = self._at(number)
         self._state, _ = run_step(self._state, self._batch, self._stage.teacher, sharding.place(self._mesh, given))
 
     def warm_up(self) -> None:
