@@ -157,6 +157,9 @@ def test_step(capsys):
     assert [row["what"] for row in times[:7]] == [row["what"] for row in memory] == names
     assert low_rank[0]["best"] == pytest.approx(times[5]["min"] / times[0]["min"])
     assert ratios[0]["best"] == pytest.approx(times[3]["min"] / times[2]["min"])
+    assert all(row["peak"] == row["arguments"] + row["results"] + row["temporaries"] for row in memory)
+    # A frozen teacher's weights come in beside the student's; gradients of low-rank deltas alone are small.
+    assert memory[2]["arguments"] > memory[0]["arguments"] and memory[5]["results"] < memory[0]["results"]
     assert all(row["temporaries"] > 0 for row in memory) and "attention's dependence" in text
 
 

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import config_check, learned_run, probe, recipe, scene_facts, sharding, study, training, vlm, voco
+from tokzip_jax import (
+    config_check,
+    learned_run,
+    probe,
+    recipe,
+    scene_facts,
+    sharding,
+    step_times,
+    study,
+    training,
+    vlm,
+    voco,
+)
 from tokzip_jax.config import AutoConfig, DataConfig, MeshConfig, RowConfig, ScenesConfig, StudyConfig
 from tokzip_jax.data import shapes
 from tokzip_jax.evals.runner import MODEL_INPUTS, Runner
@@ -303,9 +315,18 @@ def test_a_rate_that_diverges_is_left_out(done, tmp_path):
     assert not found.give_up("base")
 
 
-def test_step_times_are_measured_once(done, tmp_path):
-    """In a workdir that shares the study's checkpoints, but not its times."""
+def test_step_times_are_measured_once(done, tmp_path, monkeypatch):
+    """In a workdir that shares the study's checkpoints, but not its times; no program is traced while it is timed."""
     cfg, workdir = done
+    timed = step_times.TimedStage.steps
+
+    def forgotten(self, turn):
+        recipe._program.cache_clear()  # as where there are more stages than it holds
+        with monkeypatch.context() as changed:
+            changed.setattr(recipe.step, "train_step", None)
+            return timed(self, turn)
+
+    monkeypatch.setattr(step_times.TimedStage, "steps", forgotten)
     (tmp_path / "checkpoints").symlink_to(workdir.root / "checkpoints")
     (tmp_path / "tokenizer.json").symlink_to(workdir.tokenizer)
     mesh = sharding.make_mesh(cfg.mesh)

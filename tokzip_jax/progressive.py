@@ -4,8 +4,8 @@ Token consistency distillation of EPIC (arXiv 2510.00515): one model is student 
 share of the tokens drawn from an interval that moves upwards, the teacher leaves out less by a lead that widens. In the
 paper the largest share grows from 5 to 90 %, the lead from 5 to 30 %, and the loss is 0.3 CE + 0.7 KL. The code's
 interval moves from 10 to 26 .. 74 %, its lead is full (30 %) after two fifths of the training, and the loss is between
-0.6 CE + 0.4 KL and half of each, at temperature 2. There tokens leave inside of the language model; here the schedule
-is for any site with a budget:
+0.6 CE + 0.4 KL and half of each, at temperature 2. There tokens leave inside of the language model, by the schedules of
+decoder-site methods; here it is for two other places:
 
     site "encoder": of a picture's patches, rounded to the nearest of a few budgets, for every budget of student and
         teacher is a program of its own (n budgets: at most n (n + 1) / 2, compiled when first met);

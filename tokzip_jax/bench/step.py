@@ -39,6 +39,7 @@ STUDENT, WHOLE, FROZEN, ONE_PASS, JOINT, LORA, LORA_ONE_PASS = (
     "LoRA, self-teacher, one pass",
 )
 BOTH = "both with a loss, two passes"
+CHUNK = 64  # positions whose logits are there at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +62,10 @@ def run(args: argparse.Namespace) -> Report:
     params = random_weights(shapes(cfg, LoraConfig(**deltas(args))))
     plain, _ = lora.split(params)
     given = {name: params if stage.lora.rank else plain for name, stage in stages.items()}
-    programs = {name: lowered(cfg, stage, given[name], batch).compile() for name, stage in stages.items()}
-    cases = {name: Case(functools.partial(program, given[name], batch)) for name, program in programs.items()}
+    teachers = {name: random_weights(shapes(cfg, LoraConfig())) if name == FROZEN else None for name in stages}
+    arguments = {name: (given[name], teachers[name], batch) for name in stages}
+    programs = {name: lowered(cfg, stage, *arguments[name]).compile() for name, stage in stages.items()}
+    cases = {name: Case(functools.partial(program, *arguments[name])) for name, program in programs.items()}
     seconds = interleave(cases, runs=args.runs, clock=CLOCKS[args.clock])
     seconds[BOTH] = [sum(pair) for pair in zip(seconds[STUDENT], seconds[WHOLE], strict=True)]
     memory = {name: program.memory_analysis() for name, program in programs.items()}
@@ -91,21 +94,28 @@ def run(args: argparse.Namespace) -> Report:
                 ratio(seconds, LORA, STUDENT),
                 ratio(seconds, LORA_ONE_PASS, ONE_PASS),
             ],
-            "megabytes": [
-                {"what": name, "temporaries": each.temp_size_in_bytes / 1e6} for name, each in memory.items()
-            ],
+            "megabytes": [{"what": name, **megabytes(each)} for name, each in memory.items()],
         },
         sentences=[
             "Expected are the ratios of rows times passes: a backward pass counts as two forward ones, remat 'full' "
             "adds one to what is differentiated, weights that do not train take one from a backward pass; attention's "
-            "dependence on the number of keys and the low-rank products are left out."
+            "dependence on the number of keys and the low-rank products are left out.",
+            "Megabytes: weights, a frozen teacher's and the batch come in, gradients go out; the peak is all of it. The "
+            "optimizer's state, two numbers for each weight that trains under Adam, is not part of it.",
         ],
     )
 
 
+def megabytes(found: Any) -> dict[str, float]:
+    """What XLA plans for a program."""
+    parts = {"arguments": found.argument_size_in_bytes, "results": found.output_size_in_bytes}
+    parts["temporaries"] = found.temp_size_in_bytes
+    return {name: size / 1e6 for name, size in {**parts, "peak": sum(parts.values())}.items()}
+
+
 def model(args: argparse.Namespace) -> ModelConfig:
     """The language model that is measured, behind a vision tower too small to matter."""
-    llm = TINY if args.tiny else dataclasses.replace(SMOLLM2_135M, vocab_size=256)
+    llm = TINY if args.tiny else SMOLLM2_135M
     vit = VitConfig(image_size=2 * args.grid, patch_size=2, width=8, layers=2, heads=1, mlp_dim=8)
     llm = dataclasses.replace(llm, layers=args.layers)
     return ModelConfig(vit=vit, llm=llm, dtype=args.dtype, param_dtype=args.dtype, remat=args.remat)
@@ -118,13 +128,14 @@ def deltas(args: argparse.Namespace) -> dict[str, Any]:
 
 def stages_of(args: argparse.Namespace) -> dict[str, StageConfig]:
     """A stage for each case."""
-    own, low_rank = LossConfig(kl=1.0, teacher="self"), LoraConfig(**deltas(args))
+    plain = LossConfig(chunk=CHUNK)
+    own, low_rank = dataclasses.replace(plain, kl=1.0, teacher="self"), LoraConfig(**deltas(args))
     voco = MethodConfig(voco=args.voco, voco_mask="voco")
-    stage = StageConfig(train=("llm/.*", "projector/.*"), method=voco, optim=OptimConfig(clip_norm=0.0))
+    stage = StageConfig(train=("llm/.*", "projector/.*"), method=voco, loss=plain, optim=OptimConfig(clip_norm=0.0))
     stages = {
         STUDENT: stage,
         WHOLE: dataclasses.replace(stage, method=MethodConfig()),
-        FROZEN: dataclasses.replace(stage, loss=LossConfig(kl=1.0)),
+        FROZEN: dataclasses.replace(stage, loss=dataclasses.replace(plain, kl=1.0)),
         ONE_PASS: dataclasses.replace(stage, loss=own),
         JOINT: dataclasses.replace(stage, loss=dataclasses.replace(own, teacher_ce=1.0)),
         LORA: stage,
@@ -156,16 +167,16 @@ def shapes(cfg: ModelConfig, low_rank: LoraConfig) -> Params:
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def lowered(cfg: ModelConfig, stage: StageConfig, params: Any, batch: dict[str, Array]) -> Any:
-    """Loss and gradients of a stage, traced over (parameters, batch); a frozen teacher has the same parameters."""
+def lowered(cfg: ModelConfig, stage: StageConfig, params: Any, teacher: Any, batch: dict[str, Array]) -> Any:
+    """Loss and gradients of a stage, traced over (parameters, a frozen teacher's or None, batch)."""
+    count, targets = jnp.int32(stage.method.voco), (batch["ids"].shape[1] - 2) // 2
 
     @jax.jit
-    def program(params: Params, batch: dict[str, Array]) -> Any:
-        count = jnp.int32(stage.method.voco)
-        options = {"voco_count": count, "key": jax.random.key(0), "max_targets": batch["ids"].shape[1]}
-        return step.gradients(cfg, stage, params, batch, teacher=params, **options)
+    def program(params: Params, teacher: Params | None, batch: dict[str, Array]) -> Any:
+        options = {"voco_count": count, "key": jax.random.key(0), "max_targets": targets}
+        return step.gradients(cfg, stage, params, batch, teacher=teacher, **options)
 
-    return program.lower(params, batch)
+    return program.lower(params, teacher, batch)
 
 
 def layer_flops(cfg: ModelConfig, stage: StageConfig, batch: dict[str, Array]) -> float:
@@ -175,6 +186,7 @@ def layer_flops(cfg: ModelConfig, stage: StageConfig, batch: dict[str, Array]) -
     of explicit products: blocks are gone through in a loop of unknown length.
     """
     cfg = dataclasses.replace(cfg, attention="einsum")
+    frozen = stage.loss.kl > 0 and stage.loss.teacher == "frozen"
 
     def count(layers: int) -> float:
         deep = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, layers=layers))
@@ -182,7 +194,8 @@ def layer_flops(cfg: ModelConfig, stage: StageConfig, batch: dict[str, Array]) -
         split = functools.partial(stack.split, cuts=range(1, layers))
         for part in (params, *filter(None, [params.get("lora")])):
             part["llm"]["layers"] = jax.eval_shape(split, part["llm"]["layers"]["0"])
-        return lowered(deep, stage, params, batch).cost_analysis()["flops"]
+        teacher = lora.split(params)[0] if frozen else None
+        return lowered(deep, stage, params, teacher, batch).cost_analysis()["flops"]
 
     return count(2) - count(1)
 
