@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> Report:
             "Expected are the ratios of rows times passes: a backward pass counts as two forward ones, remat 'full' "
             "adds one to what is differentiated, weights that do not train take one from a backward pass; attention's "
             "dependence on the number of keys and the low-rank products are left out.",
-            "Megabytes: weights, a frozen teacher's and the batch come in, gradients go out; the peak is all of it. The "
+            "Megabytes: weights, a frozen teacher's and the batch come in, gradients go out; the peak is all. The "
             "optimizer's state, two numbers for each weight that trains under Adam, is not part of it.",
         ],
     )
