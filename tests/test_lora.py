@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import checkpoint, layers, llm, lora, step, vlm, voco
+from tokzip_jax import checkpoint, layers, llm, lora, onepass, step, vlm, voco
 from tokzip_jax.config import (
     LoraConfig,
     LossConfig,
@@ -17,7 +17,7 @@ from tokzip_jax.config import (
 )
 from tokzip_jax.masks import TABLES
 from tokzip_jax.paths import flatten
-from tokzip_jax.types import PAD, PREFIX, TEXT, VISION, VOCO, TokenStream
+from tokzip_jax.types import PAD, PREFIX, TEACHER, TEXT, VISION, VOCO, TokenStream
 
 EVERYWHERE = (r"(vit|llm)/layers/\d+/.*/w", r"projector/.*/w")
 OPEN = LoraConfig(rank=2, alpha=6.0, paths=EVERYWHERE)
@@ -211,6 +211,24 @@ def test_the_twin_in_one_pass_is_the_base_model():
     assert float(first["teacher_ce"]) == float(second["teacher_ce"]) > 0
     tiny.close(first["teacher_ce"], base["teacher_ce"])
     assert abs(float(first["kl"] - second["kl"])) > 1e-3 and abs(float(first["kl"] - base["kl"])) > 1e-3
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_vision_and_teacher_rows_are_the_base_models_bit_for_bit(joint):
+    """Operation by operation, against the plain model (`test_eight_devices.py` has the compiled program)."""
+    rows = [[tiny.PICTURE, ([5, 6, 7], {"thread": 1}), ([8, 9], {"thread": 1, "supervised": True})]]
+    batch, options = tiny.batch(rows, 8), {"voco_count": 3, "key": jax.random.key(0), "joint": joint}
+    with jax.disable_jit():
+        base, gated = (
+            onepass.forward(tiny.MODEL, params, batch, tiny.METHOD, **options)[1]
+            for params in (tiny.params(), lora.attach(adapted(GATED), GATED))
+        )
+    kind = np.asarray(base.layout.stream.kind)
+    untouched, own = np.isin(kind, (VISION, TEACHER)), np.isin(kind, (VOCO, TEXT))
+    assert np.sum(kind == TEACHER) >= 5
+    found, expected = np.asarray(gated.hidden_BTD), np.asarray(base.hidden_BTD)
+    np.testing.assert_array_equal(found[untouched], expected[untouched])
+    assert np.abs(found - expected)[own].max(axis=-1).min() > 0.01
 
 
 def test_merged_export_is_a_plain_checkpoint(tmp_path):
