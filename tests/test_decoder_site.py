@@ -245,9 +245,10 @@ def written(name):
     return method, np.asarray(tiny.answer(tiny.params(), batch, table, np.int32(0), np.int32(-1), method=method)[0])
 
 
-def test_cached_decoding_is_a_full_pass_with_the_same_tokens():
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm_v1", "sparsevlm_plus", "pyramiddrop"])
+def test_cached_decoding_is_a_full_pass_with_the_same_tokens(name):
     """Prefill drops once, and a whole pass over prompt and answer chooses the same and agrees."""
-    method, tokens = written("sparsevlm")
+    method, tokens = written(name)
     batch = rows_with(QUESTIONS, tokens.tolist())
     logits, slots = tiny.forward(tiny.params(), batch, TABLES["visible"], np.int32(0), method=method)
     for row in range(3):
