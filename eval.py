@@ -2,7 +2,8 @@
 
     python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
     python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
-    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--held_out=200] [--second_turn]
+    python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--held_out=200]
+                   [--second_turn] [--bf16]
     python eval.py --workdir=DIR --learned="VoCo 1,VoCo 8" [--learned_pictures=2000]
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
@@ -44,6 +45,7 @@ def run(
     budgets: tuple[int, ...] = sweep.BUDGETS,
     held_out: int = 0,
     second_turn: bool = False,
+    bf16: bool = False,
     learned: tuple[str, ...] = (),
     pictures: int = learned_run.PICTURES,
 ) -> str:
@@ -67,6 +69,8 @@ def run(
     """
     if second_turn and not methods:
         raise ValueError("--second_turn needs --methods, whose second turn is measured")
+    if bf16 and not methods:
+        raise ValueError("--bf16 needs --methods, whose choices are compared")
     if held_out and not methods:
         raise ValueError("--held_out needs --methods, whose trainings leave pictures out")
     if methods and (checkpoint or rows):
@@ -92,7 +96,7 @@ def run(
         workdir.read_config()  # says that there is no run
     with jax.set_mesh(mesh):
         if methods:
-            asked = {"held_out": held_out, "again": again, "second": second_turn}
+            asked = {"held_out": held_out, "again": again, "second": second_turn, "bf16": bf16}
             return sweep_run.make(cfg, workdir, mesh, methods, budgets, **asked)
         if learned:
             return learned_run.make(cfg, workdir, mesh, learned, pictures)
@@ -119,6 +123,7 @@ if __name__ == "__main__":
     SECOND = flags.DEFINE_bool(
         "second_turn", False, "With --methods: tokens chosen for one question read for the next."
     )
+    BF16 = flags.DEFINE_bool("bf16", False, "With --methods: which patches a model in bfloat16 keeps, too.")
     LEARNED = flags.DEFINE_list("learned", [], "Rows to look into: what their VoCo tokens look at and hold.")
     PICTURES = flags.DEFINE_integer("learned_pictures", learned_run.PICTURES, "With --learned: how many are looked at.")
     flags.mark_flag_as_required("workdir")
@@ -140,6 +145,7 @@ if __name__ == "__main__":
             budgets=budgets,
             held_out=HELD_OUT.value,
             second_turn=SECOND.value,
+            bf16=BF16.value,
             learned=tuple(LEARNED.value),
             pictures=PICTURES.value,
         )

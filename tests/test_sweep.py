@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import second_turn, sharding, step, sweep, sweep_run, sweep_times, training
+from tokzip_jax import agreement, second_turn, sharding, step, sweep, sweep_run, sweep_times, training
 from tokzip_jax.config import AutoConfig, MeshConfig, MethodConfig, OptimConfig
 from tokzip_jax.data import sources
 from tokzip_jax.evals import table
@@ -380,6 +380,31 @@ def test_second_turns_keep_the_first_choice(run, monkeypatch):
     for example in range(4):
         np.testing.assert_allclose(seen[2, example, 0], seen[1, example, 0], rtol=1e-5, atol=1e-6)
         assert (1, example, 1) in seen
+
+
+def test_bfloat16_keeps_nearly_the_same_places(run, monkeypatch, tmp_path):
+    """All of them where chance chooses; most where scores do; all again where the other model is no other."""
+    cfg, workdir = run
+    lines, _ = sweep.plan(cfg, ["random", "cls_attention", "cdpruner", "fastv"], (3,))
+    with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)):
+        work = sweep_run.Sweep.create(cfg, workdir, mesh, lines)
+        found = agreement.measure_all(work, tmp_path)
+        values = {name: columns["bf16_agreement"] for name, columns in found.items()}
+        assert set(values) == {"random 3", "cls_attention 3", "cdpruner 3"} and values["random 3"] == 1
+        assert all(0.5 < value <= 1 for value in values.values())
+        line = next(line for line in lines if line.method == "cdpruner")
+        runner = work.runner(line)
+        assert agreement.measure(line, runner, runner) == 1
+        other = dataclasses.replace(line.row.method, options={"compare": "patches"})
+        read = SharedRunner.encode
+
+        def changed(self, params, method, batch, key):
+            return read(self, params, other if self is not runner else method, batch, key)
+
+        monkeypatch.setattr(SharedRunner, "encode", changed)
+        assert agreement.measure(line, runner, dataclasses.replace(runner)) < 1
+    monkeypatch.setattr(agreement, "measure", None)
+    assert agreement.measure_all(work, tmp_path) == found
 
 
 def test_second_turns_of_every_line_are_kept(run, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import flops, plots, plots_sweep, second_turn, sweep
+from tokzip_jax import agreement, flops, plots, plots_sweep, second_turn, sweep
 from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import RunConfig
 from tokzip_jax.data import sources
@@ -42,6 +42,7 @@ SECOND = (
     "2nd turn: accuracy on a question with the tokens that were chosen for the question before it; chosen again: with "
     "those chosen for itself."
 )
+BF16 = "bf16: of the places that a method keeps, the share that it keeps where the model runs in bfloat16."
 EQUAL = "equal time: trained for as many steps as take the time of stage {name!r}; VoCo's rows were not."
 
 
@@ -245,6 +246,7 @@ def make(
     held_out: int = 0,
     again: bool = False,
     second: bool = False,
+    bf16: bool = False,
 ) -> str:
     """A whole sweep: its table as text; `eval/methods/` and two figures.
 
@@ -255,6 +257,7 @@ def make(
         asked, budgets, held_out: see `sweep.plan`.
         again: also measure what the workdir holds already.
         second: also the accuracy of second turns, see `second_turn`.
+        bf16: also whether a model in bfloat16 keeps the same places, see `agreement`.
 
     Raises:
         ValueError: as `sweep.plan`; `second`, and no picture has two questions.
@@ -269,9 +272,9 @@ def make(
     say(f"{len(lines)} rows, of which {len(stages)} stages have to be trained; {len(refused)} budgets that cannot be")
     for rows in work.rows():
         written = _write(work, rows, refused)
-    if second:
-        turns = second_turn.measure_all(work, _part(workdir).eval)
-        rows = [dataclasses.replace(row, **turns.get(row.method, {})) for row in rows]
+    for measure_all in (second_turn.measure_all,) * second + (agreement.measure_all,) * bf16:
+        columns = measure_all(work, _part(workdir).eval)
+        rows = [dataclasses.replace(row, **columns.get(row.method, {})) for row in rows]
         written = _write(work, rows, refused)
     with workdir.hold("table of methods"):
         draw(work, written, budgets)
@@ -313,7 +316,8 @@ def _caption(work: Sweep, rows: list[table.RowResult]) -> str:
     caption = CAPTION.format(**bounds, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"]))
     if any(row.accuracy_equal_time is not None for row in rows):
         caption += "\n" + EQUAL.format(name=sweep.template(cfg))
-    return caption + ("\n" + SECOND if any(row.second_kept is not None for row in rows) else "")
+    caption += "\n" + SECOND if any(row.second_kept is not None for row in rows) else ""
+    return caption + ("\n" + BF16 if any(row.bf16_agreement is not None for row in rows) else "")
 
 
 def draw(work: Sweep, rows: list[table.RowResult], budgets: Sequence[int]) -> None:

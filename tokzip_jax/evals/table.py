@@ -23,7 +23,15 @@ SUMMARY_KEYS = (
     "prefill_flops",
 )
 # What a sweep of methods adds.
-SWEEP_KEYS = ("layer_tokens", "picture_flops", "decode_flops", "prefill_ms", "second_kept", "second_again")
+SWEEP_KEYS = (
+    "layer_tokens",
+    "picture_flops",
+    "decode_flops",
+    "prefill_ms",
+    "second_kept",
+    "second_again",
+    "bf16_agreement",
+)
 # What a study adds.
 STUDY_KEYS = (
     "note",
@@ -55,6 +63,7 @@ class RowResult:
         prefill_ms: measured milliseconds of a prefill, a question's share of a batch.
         second_kept, second_again: accuracy on the second question of a row with what was chosen for the first one, and
             with what is chosen for itself (`second_turn`).
+        bf16_agreement: share of the kept places that a model in bfloat16 keeps too (`agreement`).
         note: a remark, shown in a last column.
         seeds: over how many seeds the accuracies are means.
         spread: half the range of `accuracy` over those seeds.
@@ -77,6 +86,7 @@ class RowResult:
     prefill_ms: float | None = None
     second_kept: float | None = None
     second_again: float | None = None
+    bf16_agreement: float | None = None
     note: str = ""
     seeds: int = 1
     spread: float | None = None
@@ -245,6 +255,8 @@ def _columns(rows: Sequence[RowResult]) -> dict[str, Callable[[RowResult], str]]
             "2nd turn %": lambda row: _percent(row.second_kept),
             "chosen again %": lambda row: _percent(row.second_again),
         }
+    if any(row.bf16_agreement is not None for row in rows):
+        columns["bf16 %"] = lambda row: _percent(row.bf16_agreement)
     if any(row.train_seconds is not None for row in rows):
         columns |= {
             "lr": lambda row: DASH if row.learning_rate is None else f"{row.learning_rate:g}",

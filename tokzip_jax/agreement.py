@@ -1,0 +1,76 @@
+"""Does a model that runs in bfloat16 keep the patches that it keeps in float32?
+
+Scores are float32 whatever the model's `dtype` is; but what they are made of is rounded before. Ranks that lie close
+together then change places, and some patch goes that would have stayed.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from tokzip_jax import config_io
+from tokzip_jax.evals.shared import Memory, SharedRunner
+from tokzip_jax.metrics import say
+from tokzip_jax.sweep import Line
+from tokzip_jax.types import VisualTokens
+from tokzip_jax.workdir import write_atomically
+
+
+class Work(Protocol):
+    """What is read of a `sweep_run.Sweep`."""
+
+    lines: list[Line]
+    base: SharedRunner
+    again: bool
+
+    def runner(self, line: Line) -> SharedRunner:
+        """Of a line's model and data."""
+
+
+def places(tokens: VisualTokens) -> list[set[int]]:
+    """Of each picture the raster places that its tokens stand for."""
+    position, valid = np.asarray(tokens.position_BM), np.asarray(tokens.valid_BM)
+    return [set(row[real & (row >= 0)].tolist()) for row, real in zip(position, valid)]
+
+
+def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float:
+    """Which share of the places that a method keeps by one runner it keeps by the other one, the mean over pictures.
+
+    Both read the pictures of the same batches; of a method that reads the question each row counts.
+    """
+    shares, method = [], line.row.method
+    for batch in runner.rows():
+        found = []
+        for each in (runner, other):
+            tokens = each.encode(each.load(line.row), method, batch, jax.random.key(method.seed))
+            found.append(places(jax.device_get(tokens)))
+        pairs = [pair for pair, example in zip(zip(*found), batch["example"]) if example >= 0 and pair[0]]
+        shares += [len(own & others) / len(own) for own, others in pairs]
+    return float(np.mean(shares))
+
+
+def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float]]:
+    """The column of every encoder-site line, {name: {"bf16_agreement": ...}}; what was measured is kept in
+    `bf16.json`."""
+    path = folder / "bf16.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    lines = [line for line in work.lines if line.row.method.encoder != "none" and not line.training]
+    work.base.rows()  # the pictures are there then
+    shared = {name: getattr(work.base.memory, name) for name in ("signals", "images", "batches")}
+    memory = Memory(**shared)
+    for line in lines:
+        row = json.loads(config_io.to_json(line.row))
+        if not work.again and known.get(line.name, {}).get("row") == row:
+            continue
+        runner = work.runner(line)
+        model = dataclasses.replace(runner.cfg.model, dtype="bfloat16")
+        half = dataclasses.replace(runner, cfg=dataclasses.replace(runner.cfg, model=model), memory=memory)
+        known[line.name] = {"bf16_agreement": measure(line, runner, half), "row": row}
+        say(f"{line.name}, kept in bfloat16 too: {known[line.name]['bf16_agreement']:.4f}")
+        if jax.process_index() == 0:
+            write_atomically(path, json.dumps(known, indent=2) + "\n")
+    return {line.name: {"bf16_agreement": known[line.name]["bf16_agreement"]} for line in lines}
