@@ -291,7 +291,7 @@ def test_cls_attention_in_both_orders():
     )
     with pytest.raises(ValueError, match="order = 'least' is unknown; choose one of highest, lowest"):
         cls_attention(PATCHES, attention, tokens=5, order="least")
-    with pytest.raises(ValueError, match=r"scores have shape \(3, 35\); 36 patches need \(3, 36\)"):
+    with pytest.raises(ValueError, match=r"score has shape \(3, 35\); it must be \(3, 36\)"):
         cls_attention(PATCHES, attention[:, 1:], tokens=5)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tokzip_jax.compress.cdpruner import cdpruner
+from tokzip_jax.compress.cls_attention import cls_attention
 from tokzip_jax.compress.dart import dart
 from tokzip_jax.compress.divprune import divprune
 from tokzip_jax.compress.greedy import fill, greedy, in_raster_order
@@ -15,11 +16,14 @@ from tokzip_jax.compress.holov import holov
 from tokzip_jax.compress.mmtok import mmtok
 from tokzip_jax.compress.relevance import question_relevance, question_similarity
 from tokzip_jax.compress.scope import scope
+from tokzip_jax.compress.select import random, uniform
 from tokzip_jax.types import VisualTokens
 
 PATCHES, WIDTH = 20, 6
 # (function, names of what it reads besides the patches, options)
 SELECTORS = {
+    "uniform": (uniform, (), {}),
+    "cls_attention": (cls_attention, ("saliency",), {}),
     "divprune": (divprune, (), {}),
     "scope": (scope, ("saliency",), {}),
     "holov": (holov, ("saliency",), {"crops": 3, "overflow": "redistribute"}),
@@ -27,6 +31,7 @@ SELECTORS = {
     "mmtok": (mmtok, ("text",), {}),
     "dart": (dart, ("keys",), {"pivots": 2}),
 }
+COMPARING = [name for name in SELECTORS if name not in ("uniform", "cls_attention")]
 EVERY = pytest.mark.parametrize("name", SELECTORS)
 
 
@@ -73,8 +78,11 @@ def test_padding_is_never_selected_and_counts_nowhere(name):
     inputs, valid = draw(seed=1), np.random.default_rng(2).random((3, PATCHES)) < 0.6
     valid[2] = np.arange(PATCHES) < 4
     result = run(name, inputs, 7, valid_BP=valid)
-    loud = {k: np.where(valid[:, None] if k == "text" else valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 50.0)
-            for k, x in inputs.items()}  # fmt: skip
+
+    def marks(name, x):
+        return valid[:, None] if name == "text" else valid.reshape(valid.shape + (1,) * (x.ndim - 2))
+
+    loud = {name: np.where(marks(name, x), x, 50.0) for name, x in inputs.items()}
     for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(run(name, loud, 7, valid_BP=valid)), strict=True):
         np.testing.assert_array_equal(a, b)
     for row in range(3):
@@ -83,6 +91,24 @@ def test_padding_is_never_selected_and_counts_nowhere(name):
         assert valid[row][np.asarray(result.position_BM[row, :filled])].all()
         assert np.all(result.position_BM[row, filled:] == -1) and np.all(result.size_BM[row, filled:] == 0)
         assert not np.any(result.tokens_BMD[row, filled:]) and np.all(result.source_BP[row, ~valid[row]] == -1)
+
+
+def test_chance_draws_no_padding():
+    """Every valid patch now and then, no other one ever; and what chance alone draws where all are valid."""
+    patches, valid = draw()["patches"], np.tile(np.arange(PATCHES) % 4 > 0, (3, 1))
+    valid[2] = np.arange(PATCHES) < 5
+    seen = np.zeros((3, PATCHES), int)
+    for seed in range(60):
+        result = random(patches, tokens=7, key=jax.random.key(seed), valid_BP=valid)
+        np.testing.assert_array_equal(result.valid_BM.sum(axis=1), [7, 7, 5])
+        seen += np.asarray(result.source_BP) >= 0
+    np.testing.assert_array_equal(seen > 0, valid)
+    key = jax.random.key(3)
+    for found, expected in zip(
+        jax.tree.leaves(random(patches, tokens=7, key=key, valid_BP=np.ones((3, PATCHES), bool))),
+        jax.tree.leaves(random(patches, tokens=7, key=key)),
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in SELECTORS if name != "holov"])  # its crops are made of places
@@ -143,7 +169,7 @@ def test_bfloat16_chooses_in_float32_and_returns_bfloat16(name):
     np.testing.assert_array_equal(result.source_BP, full.source_BP)
 
 
-@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "mmtok"])
+@pytest.mark.parametrize("name", [name for name in COMPARING if name != "mmtok"])
 def test_what_is_compared_need_not_be_what_is_kept(name):
     inputs, other = draw(), draw(seed=6)["patches"]
     result = run(name, inputs, 7, features_BPH=other)
@@ -166,8 +192,9 @@ def test_arrays_that_do_not_fit_are_named(name):
     inputs = draw()
     with pytest.raises(ValueError, match=rf"{name}: valid has shape \(3, 19\); it must be \(3, 20\)"):
         run(name, inputs, 7, valid_BP=np.ones((3, 19), bool))
-    with pytest.raises(ValueError, match=rf"{name}: features has shape \(3, 19, 6\); it must be \(3, 20, any\)"):
-        run(name, inputs, 7, features_BPH=inputs["patches"][:, 1:])
+    if name in COMPARING:
+        with pytest.raises(ValueError, match=rf"{name}: features has shape \(3, 19, 6\); it must be \(3, 20, any\)"):
+            run(name, inputs, 7, features_BPH=inputs["patches"][:, 1:])
     for read in SELECTORS[name][1]:
         short = inputs[read][..., 1:] if read == "text" else inputs[read][:, 1:]
         with pytest.raises(ValueError, match=rf"{name}: .* has shape .*; it must be"):

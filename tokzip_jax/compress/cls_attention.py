@@ -10,16 +10,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax.compress import ops
 from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
-from tokzip_jax.compress.select import check_tokens
+from tokzip_jax.compress.greedy import check_shape
+from tokzip_jax.compress.select import best, check_tokens
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 ORDERS = ("highest", "lowest")
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "order"))
-def cls_attention(patches_BPD: Array, cls_attention_BP: Array, *, tokens: int, order: str = "highest") -> VisualTokens:
+def cls_attention(
+    patches_BPD: Array,
+    cls_attention_BP: Array,
+    *,
+    tokens: int,
+    order: str = "highest",
+    valid_BP: Array | None = None,
+) -> VisualTokens:
     """Keep the patches that the CLS token attends to most, or least.
 
     Args:
@@ -27,23 +34,22 @@ def cls_attention(patches_BPD: Array, cls_attention_BP: Array, *, tokens: int, o
         cls_attention_BP: [B, P] softmax attention of the CLS token, sum or mean over heads.
         tokens: how many to keep, 1 .. P.
         order: "highest" or "lowest".
+        valid_BP: [B, P] bool, see `greedy`; None: all.
 
     Returns:
         `VisualTokens` with M = tokens in raster order. Of equal scores the lower index wins.
 
     Raises:
-        ValueError: tokens out of range, an unknown order, or scores of another shape.
+        ValueError: tokens out of range, an unknown order, or scores or a mask of another shape.
     """
     batch, patches, _ = patches_BPD.shape
     check_tokens("cls_attention", patches, tokens)
     if order not in ORDERS:
         raise ValueError(f"cls_attention: order = {order!r} is unknown; choose one of {', '.join(ORDERS)}")
-    if cls_attention_BP.shape != (batch, patches):
-        raise ValueError(
-            f"cls_attention: scores have shape {cls_attention_BP.shape}; {patches} patches need {(batch, patches)}"
-        )
+    check_shape("cls_attention", "score", cls_attention_BP.shape, (batch, patches))
     score_BP = cls_attention_BP.astype(jnp.float32)
-    return ops.keep(patches_BPD, ops.top_mask(score_BP if order == "highest" else -score_BP, tokens), tokens)
+    score_BP = score_BP if order == "highest" else -score_BP
+    return best("cls_attention", patches_BPD, score_BP, valid_BP, tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

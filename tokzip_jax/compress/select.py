@@ -10,6 +10,7 @@ import numpy as np
 
 from tokzip_jax.compress import ops
 from tokzip_jax.compress.entry import Ask, Encoder, NoOptions, Selecting, Tower
+from tokzip_jax.compress.greedy import check_shape, fill
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
@@ -24,7 +25,7 @@ def check_tokens(name: str, patches: int, tokens: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="tokens")
-def random(patches_BPD: Array, *, tokens: int, key: Array) -> VisualTokens:
+def random(patches_BPD: Array, *, tokens: int, key: Array, valid_BP: Array | None = None) -> VisualTokens:
     """Keep a random set of patches, in raster order, drawn without replacement.
 
     The choice depends on the key and on the row's number alone, never on what the picture or its neighbours show.
@@ -34,12 +35,13 @@ def random(patches_BPD: Array, *, tokens: int, key: Array) -> VisualTokens:
         tokens: how many to keep, 1 .. P.
         key: one JAX random key, folded with the row's number; or B keys, used as they are, for a choice that must not
             depend on where in the batch a picture stands.
+        valid_BP: [B, P] bool, see `greedy`; None: all.
 
     Returns:
         `VisualTokens` with M = tokens.
 
     Raises:
-        ValueError: tokens out of range, or a number of keys that is neither one nor B.
+        ValueError: tokens out of range, a number of keys that is neither one nor B, or a mask of another shape.
     """
     batch, patches, _ = patches_BPD.shape
     check_tokens("random", patches, tokens)
@@ -49,28 +51,54 @@ def random(patches_BPD: Array, *, tokens: int, key: Array) -> VisualTokens:
         raise ValueError(f"random: {key.shape[0]} keys for {batch} pictures; give one key or {batch}")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if one else key
     score_BP = jax.vmap(lambda row_key: jax.random.uniform(row_key, (patches,)))(keys)
-    return ops.keep(patches_BPD, ops.top_mask(score_BP, tokens), tokens)
+    return best("random", patches_BPD, score_BP, valid_BP, tokens)
 
 
 @functools.partial(jax.jit, static_argnames="tokens")
-def uniform(patches_BPD: Array, *, tokens: int) -> VisualTokens:
+def uniform(patches_BPD: Array, *, tokens: int, valid_BP: Array | None = None) -> VisualTokens:
     """Keep the patches in the middle of `tokens` equal parts of the raster, in raster order.
 
     Args:
         patches_BPD: [B, P, D].
         tokens: how many to keep, 1 .. P.
+        valid_BP: [B, P] bool, see `greedy`: the parts are of the valid patches; None: all.
 
     Returns:
         `VisualTokens` with M = tokens.
 
     Raises:
-        ValueError: tokens out of range.
+        ValueError: tokens out of range, or a mask of another shape.
     """
     batch, patches, _ = patches_BPD.shape
     check_tokens("uniform", patches, tokens)
-    chosen = np.zeros(patches, bool)
-    chosen[ops.evenly_spaced(patches, tokens)] = True
-    return ops.keep(patches_BPD, jnp.broadcast_to(chosen[None], (batch, patches)), tokens)
+    if valid_BP is None:
+        chosen = np.zeros(patches, bool)
+        chosen[ops.evenly_spaced(patches, tokens)] = True
+        return ops.keep(patches_BPD, jnp.broadcast_to(chosen[None], (batch, patches)), tokens)
+    check_shape("uniform", "valid", valid_BP.shape, (batch, patches))
+    count_B1 = jnp.sum(valid_BP, axis=1, keepdims=True, dtype=jnp.int32)
+    middle_BM = (2 * jnp.arange(tokens) + 1) * count_B1 // (2 * tokens)  # as `ops.evenly_spaced`
+    hit_BP = jnp.any(ops.rank(valid_BP)[:, :, None] == middle_BM[:, None], axis=2) | (count_B1 <= tokens)
+    return fill(patches_BPD, hit_BP & valid_BP, tokens)
+
+
+def best(method: str, patches_BPD: Array, score_BP: Array, valid_BP: Array | None, tokens: int) -> VisualTokens:
+    """The valid patches of highest score, in raster order; slots that they cannot fill stay empty.
+
+    Args:
+        method: for the message.
+        patches_BPD, score_BP: [B, P, D] and [B, P].
+        valid_BP: [B, P] bool; None: all.
+        tokens: 1 .. P.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if valid_BP is None:
+        return ops.keep(patches_BPD, ops.top_mask(score_BP, tokens), tokens)
+    check_shape(method, "valid", valid_BP.shape, patches_BPD.shape[:2])
+    chosen_BP = ops.top_mask(jnp.where(valid_BP, score_BP, -jnp.inf), tokens)
+    return fill(patches_BPD, chosen_BP & valid_BP, tokens)
 
 
 @jax.jit
