@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import agreement, flops, plots, plots_sweep, second_turn, sweep
+from tokzip_jax import agreement, flops, second_turn, sweep, sweep_report
 from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import RunConfig
 from tokzip_jax.data import sources
@@ -20,30 +17,11 @@ from tokzip_jax.evals.runner import Runner
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import MetricWriter, say
 from tokzip_jax.study import POLL, Study, rates
-from tokzip_jax.sweep import Line, Refused
-from tokzip_jax.sweep_times import ROUNDS, Prefills
+from tokzip_jax.sweep import Line
+from tokzip_jax.sweep_report import part
+from tokzip_jax.sweep_times import Prefills
 from tokzip_jax.training import train_all
-from tokzip_jax.types import VisualTokens
-from tokzip_jax.workdir import Workdir, write_atomically
-
-FOLDER = "methods"  # under eval/
-KEPT_PICTURES = 3  # of the figure of kept tokens
-CAPTION = (
-    "accuracy: exact match, per cent; % of full = x / {upper}; retention = (x - {lower}) / ({upper} - {lower}).\n"
-    "prefill: FLOPs of the language model from a picture's visual tokens to the first token of an answer; prefill ms: "
-    "the same measured, the median of {rounds} runs of a batch of {batch} questions divided by {batch}; methods that "
-    "give equally many tokens share the program and the number. VoCo's rows are the run's own, read from their cache.\n"
-    "a layer: visual tokens that a layer works on, the mean of the layers; picture: FLOPs before any question (tower, "
-    "projector, VoCo's stage one); decode: FLOPs of the language model for the second token of an answer.\n"
-    "Decoder-site methods keep half of the visual tokens: the number in their name is what the last cut keeps, merged "
-    "tokens not counted, and `tokens` is how many enter the language model."
-)
-SECOND = (
-    "2nd turn: accuracy on a question with the tokens that were chosen for the question before it; chosen again: with "
-    "those chosen for itself."
-)
-BF16 = "bf16: of the places that a method keeps, the share that it keeps where the model runs in bfloat16."
-EQUAL = "equal time: trained for as many steps as take the time of stage {name!r}; VoCo's rows were not."
+from tokzip_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +59,7 @@ class Sweep:
         signals = set().union(*(shared.tower_signals(line.model, line.row.method) for line in lines))
         opened = SharedRunner.create(cfg, workdir, mesh)
         base = dataclasses.replace(opened, memory=Memory(tuple(sorted(signals))))
-        prefills = Prefills(cfg, _part(workdir), mesh, base, again)
+        prefills = Prefills(cfg, part(workdir), mesh, base, again)
         return cls(cfg, workdir, mesh, _without_padding(lines, base), base, prefills, again)
 
     def runner(self, line: Line) -> SharedRunner:
@@ -92,7 +70,7 @@ class Sweep:
             data = dataclasses.replace(found.cfg.data, **full)  # rows of several questions are asked for too
             return dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, data=data))
         cfg = sweep.run_config(self.cfg, [line])
-        return dataclasses.replace(self.base, cfg=cfg, workdir=_part(self.workdir))
+        return dataclasses.replace(self.base, cfg=cfg, workdir=part(self.workdir))
 
     def bounds(self) -> list[table.RowResult]:
         """The run's own rows that others are compared with: the prior, the lower and the upper bound."""
@@ -120,16 +98,16 @@ class Sweep:
     def study(self, lines: Sequence[Line]) -> Study:
         """The trainings of the lines of one stage, at the study's learning rates and seeds."""
         cfg, stage = sweep.run_config(self.cfg, lines), lines[0].row.stage
-        part = _part(self.workdir, stage)
+        folder = part(self.workdir, stage)
         split, limit = cfg.study.split, cfg.study.limit
-        tested = dataclasses.replace(self.base, cfg=cfg, workdir=part)
+        tested = dataclasses.replace(self.base, cfg=cfg, workdir=folder)
         readers: dict[tuple[str, int], Runner] = {(cfg.eval.split, cfg.eval.limit): tested}
         if len(rates(cfg, stage)) > 1 and (split, limit) not in readers:
             measured = dataclasses.replace(cfg.eval, split=split, limit=limit)
-            readers[split, limit] = SharedRunner.create(dataclasses.replace(cfg, eval=measured), part, self.mesh)
+            readers[split, limit] = SharedRunner.create(dataclasses.replace(cfg, eval=measured), folder, self.mesh)
         # The stage that says how long trainings take has rows as full as the run's.
         reference = dataclasses.replace(cfg, data=dataclasses.replace(self.cfg.data, held_out=cfg.data.held_out))
-        return Study(cfg, part, self.mesh, readers, {cfg.study.equal_time: reference})
+        return Study(cfg, folder, self.mesh, readers, {cfg.study.equal_time: reference})
 
     def trained(self, lines: Sequence[Line]) -> list[table.RowResult]:
         """The rows of one stage, which is trained where it was not yet."""
@@ -216,10 +194,8 @@ def _without_padding(lines: list[Line], base: SharedRunner) -> list[Line]:
     """
     if not any(line.training and line.alone for line in lines):
         return lines
-    longest = 0
-    splits = {"train", "validation", base.cfg.eval.split} if sources.has_validation(base.cfg.data) else {"train"}
-    for split in {*splits, base.cfg.eval.split}:
-        data = dataclasses.replace(base.cfg.data, questions=1)
+    data, longest = dataclasses.replace(base.cfg.data, questions=1), 0
+    for split in {"train", base.cfg.eval.split, *(["validation"] if sources.has_validation(data) else [])}:
         rows = sources.load(data, split, tile=base.cfg.model.vit.image_size).rows(base.tokenizer, data)
         longest = max(longest, int(np.max(np.diff(rows.start))))
 
@@ -229,11 +205,6 @@ def _without_padding(lines: list[Line], base: SharedRunner) -> list[Line]:
         return dataclasses.replace(line, data=dataclasses.replace(line.data, text_length=length, targets=targets))
 
     return [shorter(line) if line.training and line.alone else line for line in lines]
-
-
-def _part(workdir: Workdir, stage: str = "") -> Workdir:
-    """The run's workdir with a folder for the results of the sweep, or for those of one of its stages."""
-    return Workdir(workdir.root, f"{FOLDER}/{stage}" if stage else FOLDER)
 
 
 def make(
@@ -271,79 +242,15 @@ def make(
     stages = {line.row.stage for line in lines if line.training}
     say(f"{len(lines)} rows, of which {len(stages)} stages have to be trained; {len(refused)} budgets that cannot be")
     for rows in work.rows():
-        written = _write(work, rows, refused)
+        written = sweep_report.write(work, rows, refused)
     for measure_all in (second_turn.measure_all,) * second + (agreement.measure_all,) * bf16:
-        columns = measure_all(work, _part(workdir).eval)
+        columns = measure_all(work, part(workdir).eval)
         rows = [dataclasses.replace(row, **columns.get(row.method, {})) for row in rows]
-        written = _write(work, rows, refused)
+        written = sweep_report.write(work, rows, refused)
     with workdir.hold("table of methods"):
-        draw(work, written, budgets)
-    text = f"{table.text_table(written)}\n\n{_caption(work, written)}"
+        sweep_report.draw(work, written, budgets)
+    text = f"{table.text_table(written)}\n\n{sweep_report.caption(work, written)}"
     if refused:
         text += "\n\nBudgets that cannot be:\n" + "\n".join(map(str, refused))
     taken = time.perf_counter() - start
-    return f"{text}\n{taken:.0f} s; written to {_part(workdir).eval} and {workdir.figures}"
-
-
-def _write(work: Sweep, rows: list[table.RowResult], refused: list[Refused]) -> list[table.RowResult]:
-    """Write the table with what earlier sweeps wrote; all its rows."""
-    folder, names = _part(work.workdir).eval, sweep.named(work.cfg, ["all"])
-    with work.workdir.hold("table of methods"):
-        known = {row.method for row in rows}
-        earlier = [row for row in _read(folder / "summary.json") if row["method"] not in known]
-        merged = [*rows, *(table.RowResult(**row) for row in earlier if row["method"].split()[0] in names)]
-        first = [row for row in merged if row.method.split()[0] not in names]
-        rest = [row for row in merged if row not in first]
-        rest = sorted(rest, key=lambda row: (names.index(row.method.split()[0]), int(row.method.split()[1])))
-        bounds = {"upper": work.cfg.eval.upper, "lower": work.cfg.eval.lower}
-        merged = table.with_bounds([*first, *rest], **bounds)
-        asked = {(line.method, line.tokens) for line in refused} | {(line.method, line.tokens) for line in work.lines}
-        old = [line for line in _read(folder / "refused.json") if (line["method"], line["tokens"]) not in asked]
-        if jax.process_index() == 0:
-            table.write(merged, folder)
-            found: list[dict[str, Any]] = [*old, *(dataclasses.asdict(line) for line in refused)]
-            write_atomically(folder / "refused.json", json.dumps(found, indent=2) + "\n")
-    return merged
-
-
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def _caption(work: Sweep, rows: list[table.RowResult]) -> str:
-    cfg = work.cfg
-    bounds = {"upper": cfg.eval.upper, "lower": cfg.eval.lower}
-    caption = CAPTION.format(**bounds, rounds=ROUNDS, batch=len(work.base.rows()[0]["example"]))
-    if any(row.accuracy_equal_time is not None for row in rows):
-        caption += "\n" + EQUAL.format(name=sweep.template(cfg))
-    caption += "\n" + SECOND if any(row.second_kept is not None for row in rows) else ""
-    return caption + ("\n" + BF16 if any(row.bf16_agreement is not None for row in rows) else "")
-
-
-def draw(work: Sweep, rows: list[table.RowResult], budgets: Sequence[int]) -> None:
-    """`figures/methods.png`, and `figures/methods_kept.png` of the selecting methods at the second largest budget."""
-    figures, cfg = work.workdir.figures, work.cfg
-    budget = sorted(set(budgets))[-2:][0]
-    chosen = [line for line in work.lines if line.tokens == budget and line.row.method.encoder != "none"]
-    panels, pictures = [], cfg.eval.pictures
-    for line in chosen if pictures else []:
-        runner = work.runner(line)
-        batch = runner.rows()[0]
-        tokens = runner.encode(runner.load(line.row), line.row.method, batch, jax.random.key(line.row.method.seed))
-        panels.append((line.method, jax.device_get(_replicated(tokens, work.mesh)), batch["example"]))
-    if jax.process_index() != 0:
-        return
-    bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
-    plots_sweep.flops_figure(rows, figures / "methods.png", lines=bounds)
-    if panels:
-        shown = range(min(pictures, KEPT_PICTURES, len(work.base.memory.images), len(set(panels[0][2]))))
-        columns = [
-            [plots.kept_panel(name, tokens, int(np.argmax(examples == example))) for name, tokens, examples in panels]
-            for example in shown
-        ]
-        plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, figures / "methods_kept.png")
-
-
-def _replicated(tokens: VisualTokens, mesh: Mesh) -> VisualTokens:
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.jit(lambda x: x, out_shardings=everywhere)(tokens)
+    return f"{text}\n{taken:.0f} s; written to {part(workdir).eval} and {workdir.figures}"
