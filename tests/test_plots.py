@@ -183,6 +183,20 @@ def test_no_two_labels_of_the_retention_figure_overlap(tmp_path, figures):
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= right and box.y1 <= top for box in boxes)
 
 
+def test_the_legend_is_inside_of_the_figure(tmp_path, figures):
+    """Of four columns where names are short, of fewer where they are long."""
+    columns = []
+    for number, word in enumerate(("a", "trained with a loss of its own and another one of its teacher")):
+        rows = [*ROWS, *(result(f"{word} {letter}", 2, 0.9) for letter in "bcdefghij")]
+        plots.retention_figure(rows, tmp_path / f"{number}.png")
+        figures[number].draw_without_rendering()
+        [legend] = figures[number].legends
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figures[number].bbox.width and box.y0 >= 0
+        columns.append(legend._ncols)
+    assert columns[0] == 4 > columns[1]
+
+
 def test_retention_figure_without_rows_or_points(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
         plots.retention_figure([], tmp_path / "x.png")

@@ -4,6 +4,7 @@ Figures are made without pyplot, so that nothing global (backend, open figures) 
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
@@ -93,8 +95,22 @@ def retention_figure(
         axes.set(title=name, xlabel="visual tokens that the question can read")
     every[0].set_ylabel("accuracy, %")
     handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    _legend_below(figure, handles)
     _save(figure, path)
+
+
+def _legend_below(figure: Figure, handles: dict[str, Artist]) -> None:
+    """A legend of as many columns as the figure is wide enough for, four at most; the figure grows with its lines."""
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False
+        )
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    lines = math.ceil(len(handles) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.21 * max(0, lines - 5))
 
 
 def _family(method: str) -> str:
