@@ -61,7 +61,7 @@ def config(data_dir, **study):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(one_device, tmp_path_factory):
     """(config, workdir) of a study that was run to its end; the times of its steps are given."""
     folder = tmp_path_factory.mktemp("study")
     cfg, workdir = config(str(folder / "tfds")), Workdir(folder / "run")

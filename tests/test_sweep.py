@@ -40,7 +40,7 @@ def config(data_dir):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(one_device, tmp_path_factory):
     """(config, workdir) of a run whose first stage was trained, and that was swept."""
     folder = tmp_path_factory.mktemp("sweep")
     cfg, workdir = config(small_run.build_data(folder)), Workdir(folder / "run")
