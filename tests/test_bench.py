@@ -140,7 +140,7 @@ def test_attention(capsys):
 
 
 def test_step(capsys):
-    options = ("--tiny", "--grid=6", "--text=30", "--voco=2", "--layers=2", "--rank=2", "--runs=2", "--clock=cpu")
+    options = ("--tiny", "--grid=6", "--text=30", "--voco=2", "--layers=1", "--rank=2", "--runs=2", "--clock=cpu")
     found, text = bench(capsys, "step", *options)
     flops, times, ratios, low_rank, memory = found["tables"].values()
     student, whole, frozen, one, joint, lora, lora_one, both = (row["FLOPs"] for row in flops)
@@ -157,7 +157,8 @@ def test_step(capsys):
     assert [row["what"] for row in times[:7]] == [row["what"] for row in memory] == names
     assert low_rank[0]["best"] == pytest.approx(times[5]["min"] / times[0]["min"])
     assert ratios[0]["best"] == pytest.approx(times[3]["min"] / times[2]["min"])
-    assert all(row["peak"] == row["arguments"] + row["results"] + row["temporaries"] for row in memory)
+    for row in memory:
+        assert row["peak"] == pytest.approx(row["arguments"] + row["results"] + row["temporaries"])
     # A frozen teacher's weights come in beside the student's; gradients of low-rank deltas alone are small.
     assert memory[2]["arguments"] > memory[0]["arguments"] and memory[5]["results"] < memory[0]["results"]
     assert all(row["temporaries"] > 0 for row in memory) and "attention's dependence" in text
