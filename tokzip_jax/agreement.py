@@ -12,7 +12,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from tokzip_jax import config_io
+from tokzip_jax import config_io, sharding
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import say
 from tokzip_jax.sweep import Line
@@ -47,7 +47,7 @@ def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float:
         found = []
         for each in (runner, other):
             tokens = each.encode(each.load(line.row), method, batch, jax.random.key(method.seed))
-            found.append(places(jax.device_get(tokens)))
+            found.append(places(jax.device_get(sharding.replicated(each.mesh, tokens))))
         pairs = [pair for pair, example in zip(zip(*found), batch["example"]) if example >= 0 and pair[0]]
         shares += [len(own & others) / len(own) for own, others in pairs]
     return float(np.mean(shares))

@@ -278,3 +278,8 @@ def sharded_init(init: Callable[[Array], Any], mesh: Mesh, key: Array) -> Any:
     """
     shardings = state_shardings(mesh, jax.eval_shape(init, key))
     return jax.jit(init, out_shardings=shardings)(key)
+
+
+def replicated(mesh: Mesh, tree: Any) -> Any:
+    """The same arrays whole on every device, so that each process can read them."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)

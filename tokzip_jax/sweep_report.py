@@ -10,13 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import plots, plots_sweep, sweep
+from tokzip_jax import plots, plots_sweep, sharding, sweep
 from tokzip_jax.config import RunConfig
 from tokzip_jax.evals import table
 from tokzip_jax.evals.shared import SharedRunner
 from tokzip_jax.sweep import Line, Refused
 from tokzip_jax.sweep_times import ROUNDS
-from tokzip_jax.types import VisualTokens
 from tokzip_jax.workdir import Workdir, write_atomically
 
 FOLDER = "methods"  # under eval/
@@ -103,7 +102,7 @@ def draw(work: Work, rows: list[table.RowResult], budgets: Sequence[int]) -> Non
         runner = work.runner(line)
         batch = runner.rows()[0]
         tokens = runner.encode(runner.load(line.row), line.row.method, batch, jax.random.key(line.row.method.seed))
-        panels.append((line.method, jax.device_get(_replicated(tokens, work.mesh)), batch["example"]))
+        panels.append((line.method, jax.device_get(sharding.replicated(work.mesh, tokens)), batch["example"]))
     if jax.process_index() != 0:
         return
     bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
@@ -115,8 +114,3 @@ def draw(work: Work, rows: list[table.RowResult], budgets: Sequence[int]) -> Non
             for example in shown
         ]
         plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, figures / "methods_kept.png")
-
-
-def _replicated(tokens: VisualTokens, mesh: Mesh) -> VisualTokens:
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.jit(lambda x: x, out_shardings=everywhere)(tokens)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from tokzip_jax import agreement, flops, second_turn, sweep, sweep_report
+from tokzip_jax import agreement, second_turn, sweep, sweep_report
 from tokzip_jax.checkpoint import finished
 from tokzip_jax.config import RunConfig
 from tokzip_jax.data import sources
@@ -165,9 +165,7 @@ class Sweep:
         if not given.stage:
             return row
         read = row.visual_tokens if given.auto.ladder else None
-        model = line.model if line else self.cfg.model
-        text = {"text_tokens": self.base.question_tokens, **self.base.pictures(given)}
-        costs = flops.ledger(model, given.method, read_voco=read, **text)
+        costs = self.base.costs(given, read, line.model if line else None)
         return dataclasses.replace(
             row,
             layer_tokens=costs.mean_tokens if costs.picture_flops is None else costs.read_tokens,

@@ -126,15 +126,16 @@ class Runner:
             counts["stitched"] = mean(tokens)
         return counts
 
-    def costs(self, row: RowConfig, read: float | None = None) -> flops.Ledger:
-        """What a row costs on paper; `read`: the mean number of VoCo tokens where questions or pictures pick it.
+    def costs(self, row: RowConfig, read: float | None = None, model: ModelConfig | None = None) -> flops.Ledger:
+        """What a row costs on paper, of `model` (None: the config's).
 
-        To pick it, a question is read once for each number; where questions pick, a picture keeps the largest one.
+        `read` is the mean number of VoCo tokens where questions or pictures pick it. To pick it, a question is read
+        once for each number; where questions pick, a picture keeps the largest one.
         """
         rows = {"text_tokens": self.question_tokens, **self.pictures(row)}
 
         def reading(count: float | None) -> flops.Ledger:
-            return flops.ledger(self.cfg.model, row.method, read_voco=count, **rows)
+            return flops.ledger(model or self.cfg.model, row.method, read_voco=count, **rows)
 
         costs = reading(read)
         if not row.auto.ladder:
