@@ -3,7 +3,7 @@
     python eval.py --workdir=DIR [--rows="VoCo 1,upper"] [--remeasure]
     python eval.py --workdir=DIR --config=configs/X.py --checkpoint=PATH
     python eval.py --workdir=DIR --methods=all|free|NAME,NAME [--budgets=1,4,9,16] [--held_out=200]
-                   [--second_turn] [--bf16]
+                   [--steps=300] [--second_turn] [--bf16]
     python eval.py --workdir=DIR --learned="VoCo 1,VoCo 8" [--learned_pictures=2000]
 
 The first form reads the config of a run and prints the table that train.py printed; what the workdir holds already is
@@ -14,7 +14,8 @@ the config's platform is not (`--config.platform=`) or on another mesh.
 
 The third form measures other methods than those of the config's rows, each at every budget: "free" needs no training,
 "all" trains the projectors as the run trains its own compressors and goes on where it was killed; `--held_out` leaves
-so many training pictures out of these trainings, to choose learning rates on them. See `sweep`.
+so many training pictures out of these trainings, to choose learning rates on them, `--steps` makes all of them so
+long. See `sweep`.
 
 The fourth form says what the VoCo tokens of rows learned: where they look, layer by layer, and which facts of a scene a
 linear read-out finds in their cache, as JSON and a figure. It needs pictures whose facts are known. See `learned_run`.
@@ -44,6 +45,7 @@ def run(
     methods: tuple[str, ...] = (),
     budgets: tuple[int, ...] = sweep.BUDGETS,
     held_out: int = 0,
+    steps: int = 0,
     second_turn: bool = False,
     bf16: bool = False,
     learned: tuple[str, ...] = (),
@@ -57,7 +59,7 @@ def run(
         checkpoint: parameters to measure in the place of the stages' own.
         rows: which rows; () = all, which also writes table and figures.
         again: also measure the rows whose result the workdir holds.
-        methods, budgets, held_out: a sweep instead of the config's rows, see `sweep.plan`; () = none.
+        methods, budgets, held_out, steps: a sweep instead of the config's rows, see `sweep.plan`; () = none.
         second_turn: with methods, also answers with tokens chosen for another question.
         learned: rows whose VoCo tokens are looked at, see `learned_run`; () = none.
         pictures: with learned, how many of the eval split.
@@ -67,12 +69,15 @@ def run(
             rows, or what `entry.start`, `sweep.plan`, `learned_run.check` and the rows raise.
         FileNotFoundError: no run, or no checkpoint.
     """
-    if second_turn and not methods:
-        raise ValueError("--second_turn needs --methods, whose second turn is measured")
-    if bf16 and not methods:
-        raise ValueError("--bf16 needs --methods, whose choices are compared")
-    if held_out and not methods:
-        raise ValueError("--held_out needs --methods, whose trainings leave pictures out")
+    why = {
+        "second_turn": (second_turn, "whose second turn is measured"),
+        "bf16": (bf16, "whose choices are compared"),
+        "held_out": (held_out, "whose trainings leave pictures out"),
+        "steps": (steps, "whose trainings are that long"),
+    }
+    for name, (given, what) in why.items():
+        if given and not methods:
+            raise ValueError(f"--{name} needs --methods, {what}")
     if methods and (checkpoint or rows):
         raise ValueError(
             "--methods measures a run's own checkpoints at every budget: give neither --checkpoint nor --rows"
@@ -87,7 +92,8 @@ def run(
     if not cfg.rows:
         raise ValueError("the config has no rows to measure: add some to its rows")
     if methods:
-        sweep.plan(cfg, methods, budgets, held_out=held_out)  # what cannot be is said before anything is opened
+        # What cannot be is said before anything is opened.
+        sweep.plan(cfg, methods, budgets, held_out=held_out, steps=steps)
     if learned:
         learned_run.check(cfg, learned, pictures)
     if checkpoint or workdir.config.exists():
@@ -96,7 +102,7 @@ def run(
         workdir.read_config()  # says that there is no run
     with jax.set_mesh(mesh):
         if methods:
-            asked = {"held_out": held_out, "again": again, "second": second_turn, "bf16": bf16}
+            asked = {"held_out": held_out, "steps": steps, "again": again, "second": second_turn, "bf16": bf16}
             return sweep_run.make(cfg, workdir, mesh, methods, budgets, **asked)
         if learned:
             return learned_run.make(cfg, workdir, mesh, learned, pictures)
@@ -120,6 +126,7 @@ if __name__ == "__main__":
     HELD_OUT = flags.DEFINE_integer(
         "held_out", 0, "With --methods: training pictures that its trainings leave out, to choose learning rates on."
     )
+    STEPS = flags.DEFINE_integer("steps", 0, "With --methods: steps of its trainings; 0 = those of the run's own.")
     SECOND = flags.DEFINE_bool(
         "second_turn", False, "With --methods: tokens chosen for one question read for the next."
     )
@@ -144,6 +151,7 @@ if __name__ == "__main__":
             methods=tuple(METHODS.value),
             budgets=budgets,
             held_out=HELD_OUT.value,
+            steps=STEPS.value,
             second_turn=SECOND.value,
             bf16=BF16.value,
             learned=tuple(LEARNED.value),

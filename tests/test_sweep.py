@@ -172,6 +172,19 @@ def test_pictures_are_held_out_of_the_trainings_alone(tmp_path):
             sweep.plan(dataclasses.replace(cfg, data=data), ["ldp"], (4,), held_out=3)
 
 
+def test_trainings_of_another_length_are_all_of_it(tmp_path):
+    cfg = small_run.tiny(str(tmp_path))
+    own, _ = sweep.plan(cfg, ["ldp", "tome"], (4, 15))
+    lines, _ = sweep.plan(cfg, ["ldp", "tome"], (4, 15), steps=7, held_out=3)
+    assert lines[0].row.stage == "ldp-4-heldout3-for7" and lines[1:] == own[1:]
+    stages = sweep.run_config(cfg, lines[:1]).stages
+    # The stage that says how long a training takes is as long.
+    assert [stages[name].steps for name in ("pooled", lines[0].row.stage)] == [7, 7]
+    assert dataclasses.replace(lines[0].training, steps=own[0].training.steps) == own[0].training
+    with pytest.raises(ValueError, match="--steps=-1 must be 0, for trainings as long as the run's own, or above"):
+        sweep.plan(cfg, ["tome"], (15,), steps=-1)
+
+
 def test_table_and_files(run):
     _, workdir = run
     folder = workdir.eval / "methods"
@@ -362,6 +375,9 @@ def test_second_turns_keep_the_first_choice(run, monkeypatch):
     """Of the second of two questions: CDPruner's tokens are those for the first one, and not those for itself."""
     memory = Memory()
     line, runner, _ = opened(run, "cdpruner 3", memory)
+    runner.rows()
+    # No two patches are alike, as those of a plain ground are: between them rounding would choose.
+    memory.images = np.random.default_rng(0).integers(0, 256, memory.images.shape, np.uint8)
     seen = {}
 
     def spy(self, params, method, batch, visual, *, turns=False):

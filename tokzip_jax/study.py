@@ -31,7 +31,7 @@ TIMES = "step_times.json"
 RECORD = "study.json"
 DIVERGED = "diverged.json"
 EDGE = "the best rate is at the edge of those tried"
-SAME = 0.05  # lengths of trainings that differ by no more than this share take equally long: so exact is no timing
+SAME = 0.1  # lengths of trainings that differ by no more than this share take equally long: so exact is no timing
 POLL = 2.0  # seconds between two looks at what other processes have finished
 
 

@@ -101,7 +101,7 @@ def named(cfg: RunConfig, asked: Sequence[str]) -> list[str]:
 
 
 def plan(
-    cfg: RunConfig, asked: Sequence[str], budgets: Sequence[int], *, held_out: int = 0
+    cfg: RunConfig, asked: Sequence[str], budgets: Sequence[int], *, held_out: int = 0, steps: int = 0
 ) -> tuple[list[Line], list[Refused]]:
     """The rows of a sweep, method by method, and the budgets that cannot be.
 
@@ -111,10 +111,12 @@ def plan(
         budgets: visual tokens of a picture. Decoder-site methods keep half of all tokens, whatever is asked.
         held_out: training pictures that the trainings of the sweep leave out, so that their learning rates can be
             chosen on them; for a run whose data have no validation split (see `DataConfig.held_out`).
+        steps: how long the trainings of the sweep are; 0 = as long as the run's own (see `template`).
 
     Raises:
         ValueError: an unknown name, a budget below 1, no budget that one of the methods can meet, no stage that a
-            projector's recipe could be taken from, or pictures to hold out where there is a validation split.
+            projector's recipe could be taken from, a negative number of steps, or pictures to hold out where there is
+            a validation split.
     """
     names = named(cfg, asked)
     if not names or not budgets or min(budgets) < 1:
@@ -125,6 +127,8 @@ def plan(
         raise ValueError(
             f"--held_out={held_out} must be 0 for these data, or above for easy_vqa where the config holds out none"
         )
+    if steps < 0:
+        raise ValueError(f"--steps={steps} must be 0, for trainings as long as the run's own, or above")
     if any(name in PROJECTORS for name in names):
         template(cfg)
     budgets = sorted(set(budgets))
@@ -134,7 +138,7 @@ def plan(
         half = max(1, cfg.model.vit.patches // 2)
         for tokens in [half] if name in DECODER else budgets:
             try:
-                lines.append(_line(cfg, name, tokens, budgets, held_out))
+                lines.append(_line(cfg, name, tokens, budgets, held_out, steps))
             except ValueError as error:
                 # The place in the config and the method itself say its name; here it stands in front already.
                 reason = str(error).removeprefix(f"{name}: ").removeprefix(f"{name}: ")
@@ -144,15 +148,15 @@ def plan(
     return lines, refused
 
 
-def _line(cfg: RunConfig, name: str, tokens: int, budgets: Sequence[int], held_out: int) -> Line:
+def _line(cfg: RunConfig, name: str, tokens: int, budgets: Sequence[int], held_out: int, steps: int) -> Line:
     data = cfg.data
     if name in PROJECTORS:
         found = sweep_methods.projector(cfg.model, name, tokens, budgets)
-        # Trainings on other pictures are other ones.
-        suffix = f"{found.suffix}-heldout{held_out}" if held_out else found.suffix
+        # Trainings on other pictures, or of another length, are other ones.
+        suffix = found.suffix + f"-heldout{held_out}" * bool(held_out) + f"-for{steps}" * bool(steps)
         data = dataclasses.replace(data, held_out=held_out or data.held_out)
         row = RowConfig(stage=name + suffix, method=found.method)
-        line = Line(name, row, found.model, data, _training(cfg, found.trained))
+        line = Line(name, row, found.model, data, _training(cfg, found.trained, steps))
     else:
         make = sweep_methods.decoder if name in DECODER else sweep_methods.encoder
         row = RowConfig(
@@ -179,7 +183,8 @@ def run_config(cfg: RunConfig, lines: Sequence[Line]) -> RunConfig:
     if trained:
         # Not the study's own `equal_time`: a stage with VoCo tokens, twice as long, would double the work of a sweep.
         name = template(cfg)
-        stages[name] = cfg.stages[name]  # for its steps and the time of one
+        # For its steps, as many as those of the others, and the time of one.
+        stages[name] = dataclasses.replace(cfg.stages[name], steps=next(iter(lines)).training.steps)
         rates = _rates(cfg, first.data)
         study = dataclasses.replace(cfg.study, stages=tuple(trained), learning_rates=rates, equal_time=name)
     else:
@@ -222,11 +227,12 @@ def template(cfg: RunConfig) -> str:
     )
 
 
-def _training(cfg: RunConfig, method: MethodConfig) -> StageConfig:
-    """Same steps, batch and optimiser as the template; cross entropy; projector and language model train."""
+def _training(cfg: RunConfig, method: MethodConfig, steps: int) -> StageConfig:
+    """Same steps (or those asked for), batch and optimiser as the template; projector and language model train."""
     recipe = cfg.stages[template(cfg)]
     return dataclasses.replace(
         recipe,
+        steps=steps or recipe.steps,
         train=("projector/.*", "llm/.*"),
         method=method,
         voco_counts=(),

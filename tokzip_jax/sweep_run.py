@@ -213,6 +213,7 @@ def make(
     budgets: Sequence[int],
     *,
     held_out: int = 0,
+    steps: int = 0,
     again: bool = False,
     second: bool = False,
     bf16: bool = False,
@@ -223,7 +224,7 @@ def make(
 
     Args:
         cfg, workdir, mesh: of the run; call this with the mesh set.
-        asked, budgets, held_out: see `sweep.plan`.
+        asked, budgets, held_out, steps: see `sweep.plan`.
         again: also measure what the workdir holds already.
         second: also the accuracy of second turns, see `second_turn`.
         bf16: also whether a model in bfloat16 keeps the same places, see `agreement`.
@@ -233,7 +234,7 @@ def make(
         FileNotFoundError: the stage of the upper bound was not trained to its end.
     """
     start = time.perf_counter()
-    lines, refused = sweep.plan(cfg, asked, budgets, held_out=held_out)
+    lines, refused = sweep.plan(cfg, asked, budgets, held_out=held_out, steps=steps)
     work = Sweep.create(cfg, workdir, mesh, lines, again=again)
     if second:
         second_turn.check(work.base)
