@@ -16,7 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from tokzip_jax import sharding
-from tokzip_jax.paths import flatten
+from tokzip_jax.paths import flatten, nest
 
 FINAL = "FINAL.json"  # written when a training has done its last step
 
@@ -142,6 +142,17 @@ def absent(path: str, params: Any, fresh: Sequence[str] = ()) -> list[str]:
 def stored_paths(path: str) -> list[str]:
     """Paths of the parameters that a checkpoint holds; `path` as in `load_params`."""
     return list(_stored_params(_resolve(path))[0])
+
+
+def read_params(path: str) -> Any:
+    """All parameters that a checkpoint holds, on the first local device; `path` as in `load_params`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+    """
+    stored, _ = _stored_params(_resolve(path))
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+    return load_params(path, nest(shapes))
 
 
 def load_params(path: str, params: Any) -> Any:
