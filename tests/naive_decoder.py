@@ -43,8 +43,9 @@ def layer(cfg, block, row):
     return x + (gate / (1 + np.exp(-gate)) * (y @ block["mlp"]["up"]["w"])) @ block["mlp"]["down"]["w"], weights
 
 
-def raters(x, tokens, words):
+def raters(x, tokens, words, scale=1.0):
     """Places in `words` (places in the row) of the text that the picture at `tokens` matches best."""
+    x = x * np.sqrt(scale)
     match = np.zeros(len(words))
     for token in tokens:
         weight = np.exp(x[words] @ x[token] - (x[words] @ x[token]).max())
@@ -100,9 +101,12 @@ def cut(cfg, method, keep, weights, row, asks):
         if method.decoder == "sparsevlm_v1":
             rank = np.linalg.matrix_rank(weights.mean(axis=0)[asks[picture]][:, tokens].astype(np.float32))
             count = min(int(rank * method.decoder_scale + method.decoder_bias), len(tokens) - 1, keep)
+        if method.decoder == "sparsevlm_paper":
+            rank = np.linalg.matrix_rank(weights.mean(axis=0)[asks[picture]][:, tokens].astype(np.float32))
+            count = min(len(tokens) - int(np.float32(method.decoder_scale) * (len(tokens) - rank)), keep)
         gone = best[count:]
         alive[gone] = False
-        if method.decoder in ("sparsevlm", "sparsevlm_v1") and gone:
+        if method.decoder in ("sparsevlm", "sparsevlm_v1", "sparsevlm_paper") and gone:
             some = gone[: int(0.3 * len(gone)) + 1]
             merged[picture] = (tokens[-1], cluster(row.x[some], len(some) // 10 + 1))
     parts, moved = [], {picture: [] for picture in asks}
@@ -118,7 +122,7 @@ def cut(cfg, method, keep, weights, row, asks):
                 parts.append(dataclasses.replace(same, x=tokens))
     names = [field.name for field in dataclasses.fields(Row)]
     row = Row(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-    if method.decoder in ("pyramiddrop", "sparsevlm", "sparsevlm_v1"):
+    if method.decoder in ("pyramiddrop", "sparsevlm", "sparsevlm_v1", "sparsevlm_paper"):
         row.position = np.arange(len(row.x))
     return row, moved
 
@@ -131,7 +135,8 @@ def run(cfg, blocks, method, row):
     for picture in pictures:
         tokens = np.flatnonzero(row.picture == picture)
         if method.decoder.startswith("sparsevlm"):
-            asks[picture] = raters(row.x, tokens, words[words > tokens[-1]])
+            scale = row.x.shape[1] ** -0.5 if method.decoder == "sparsevlm_paper" else 1.0
+            asks[picture] = raters(row.x, tokens, words[words > tokens[-1]], scale)
         else:
             asks[picture] = list(np.flatnonzero(row.prompt)) if method.decoder == "fastv_paper" else [words[-1]]
     for number, block in enumerate(blocks):

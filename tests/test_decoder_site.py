@@ -36,6 +36,9 @@ METHODS = {
     "sparsevlm_v1": MethodConfig(
         decoder="sparsevlm_v1", decoder_layers=(1, 2), decoder_keep=(12, 6), decoder_scale=2.5, decoder_bias=1.0
     ),
+    "sparsevlm_paper": MethodConfig(
+        decoder="sparsevlm_paper", decoder_layers=(1, 2), decoder_keep=(20, 9), decoder_scale=0.4
+    ),
     "sparsevlm_plus": MethodConfig(
         decoder="sparsevlm_plus", decoder_layers=(1, 2), decoder_keep=(9, 4), decoder_heads=2
     ),
@@ -245,7 +248,7 @@ def written(name):
     return method, np.asarray(tiny.answer(tiny.params(), batch, table, np.int32(0), np.int32(-1), method=method)[0])
 
 
-@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm_v1", "sparsevlm_plus", "pyramiddrop"])
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm_v1", "sparsevlm_paper", "sparsevlm_plus", "pyramiddrop"])
 def test_cached_decoding_is_a_full_pass_with_the_same_tokens(name):
     """Prefill drops once, and a whole pass over prompt and answer chooses the same and agrees."""
     method, tokens = written(name)
@@ -322,6 +325,7 @@ def test_sites_compose():
             {"decoder": "sparsevlm_v1", "decoder_scale": -1.0},
             "decoder_scale = -1.0 and decoder_bias = 0.0 must be >= 0",
         ),
+        ({"decoder": "sparsevlm_paper"}, "decoder_scale = 13.5 must lie between 0 and 1: decoder = 'sparsevlm_paper'"),
     ],
 )
 def test_what_cannot_be_is_refused(fields, message):

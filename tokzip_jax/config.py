@@ -123,7 +123,9 @@ class MethodConfig:
     decoder_keep: tuple[int, ...] = ()  # tokens of a picture that stay at each cut (SparseVLM adds merged ones)
     decoder_form: str = "gather"  # "gather" (shorter rows) or "mask" (hidden where they stand; for verification)
     decoder_positions: str = "official"  # position ids behind a cut: the method's own, "original" or "compact"
-    decoder_scale: float = 13.5  # sparsevlm_v1: keeps int(scale * rank + bias), at most decoder_keep
+    # sparsevlm_v1 keeps int(scale * rank + bias), sparsevlm_paper deletes int(scale * (tokens - rank)); of both at most
+    # decoder_keep stay.
+    decoder_scale: float = 13.5
     decoder_bias: float = 0.0  # sparsevlm_v1
     decoder_heads: int = 14  # sparsevlm_plus: heads that are averaged (official: 14, whatever the model has)
     # "original": an id a token. "compact": what text cannot see takes no id (video; needs mask "voco"). "raster": a

@@ -85,8 +85,8 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
         raise ValueError(
             f"decoder_form = 'mask' adds no tokens, but decoder = {method.decoder!r} merges some; use 'gather'"
         )
-    if method.decoder == "sparsevlm_v1":
-        decoder.check_rank(method.decoder_scale, method.decoder_bias)
+    if method.decoder in ("sparsevlm_v1", "sparsevlm_paper"):
+        decoder.check_rank(method.decoder, method.decoder_scale, method.decoder_bias)
     if method.decoder == "sparsevlm_plus" and not 1 <= method.decoder_heads <= llm_cfg.heads:
         raise ValueError(
             f"decoder_heads = {method.decoder_heads} must lie between 1 and the model's {llm_cfg.heads} heads"
@@ -191,7 +191,8 @@ def _marks(method: MethodConfig, x_BTD: Array, slots: Layout, places: Places, te
     rows = jnp.arange(x_BTD.shape[0])[:, None]
 
     def of_picture(slot_BV: Array, valid_BV: Array, behind_BT: Array) -> Array:
-        found = sparsevlm.raters(at(x_BTD, slot_BV), valid_BV, words_BRD, at(behind_BT, text_BR))
+        words_BR = at(behind_BT, text_BR)
+        found = sparsevlm.raters(at(x_BTD, slot_BV), valid_BV, words_BRD, words_BR, scaled=rule.scaled)
         return jnp.zeros_like(behind_BT).at[rows, text_BR].set(found)
 
     return jax.vmap(of_picture, in_axes=(1, 1, 2), out_axes=2)(places.slot, places.valid, behind)

@@ -94,6 +94,8 @@ def decoder(cfg: RunConfig, name: str, tokens: int) -> MethodConfig:
         more = {"decoder_heads": min(default.decoder_heads, llm.heads)}
     elif name == "sparsevlm_v1":
         more = {"decoder_scale": default.decoder_scale * patches / 576}  # tokens a rank, of 576
+    elif name == "sparsevlm_paper":
+        more = {"decoder_scale": 1 - share}  # of the tokens beyond the rank as many go as elsewhere of all
     return dataclasses.replace(upper_method(cfg), decoder=name, decoder_layers=layers, decoder_keep=keep, **more)
 
 

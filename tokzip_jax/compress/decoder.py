@@ -3,6 +3,7 @@
 A rule sees pictures, not rows of a model: `Look` holds what it may read of each, `Choice` what it decides.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,7 +49,8 @@ class Choice(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Static settings of a rule: `keep` tokens; v1's `scale` and `bias`; "+" its `heads`, `head_dim` and `theta`."""
+    """Static settings of a rule: `keep` tokens; `scale` and `bias` of SparseVLM's v1, `scale` of its paper's rule; of
+    "+" its `heads`, `head_dim` and `theta`."""
 
     keep: int
     scale: float = 0.0
@@ -72,8 +74,10 @@ class Decoder(NamedTuple):
         positions: "original" (position ids stay, with gaps) or "compact" (they are renumbered), as released.
         merged: merged(slots, keep) -> how many slots for merged tokens a cut adds.
         ahead: read the attention of the layer behind the cut instead of the layer before it.
+        scaled: `sparsevlm.raters` are chosen by scaled products (paper).
         published: (the first layer that sees fewer tokens, how many) of 32 layers and 576 tokens. SparseVLM's cuts are
-            behind the layers 2, 6, 15 (v1 also 19). v1 has no numbers but rank-dependent ones: here their upper limits.
+            behind the layers 2, 6, 15 (v1 and paper also 19). These two have no numbers but rank-dependent ones: here
+            their upper limits.
         classes: of the survey (arXiv 2507.20198).
         count: how many tokens go on, in words.
         source: where it is published.
@@ -85,6 +89,7 @@ class Decoder(NamedTuple):
     positions: str
     merged: Callable[[int, int], int] = _no_merging
     ahead: bool = False
+    scaled: bool = False
     published: tuple[tuple[int, int], ...] = ()
     classes: tuple[str, ...] = ("attention",)
     count: str = "the budget"
@@ -121,14 +126,22 @@ def _sparsevlm(look: Look, setting: Setting) -> Choice:
     return _merge(look, score, kept, kept.shape[1] - setting.keep)
 
 
-def _sparsevlm_v1(look: Look, setting: Setting) -> Choice:
+def _by_rank(look: Look, setting: Setting, counted: Callable[[Array, Array], Array]) -> Choice:
+    """SparseVLM with a count of each picture's own: counted(rank, real tokens), both [G]."""
     weights = jnp.mean(look.attention_GNRV, axis=1)
     rank = sparsevlm.attention_rank(weights, look.counts_GR, look.valid_GV)
-    real = jnp.sum(look.valid_GV, axis=1, dtype=jnp.int32)
-    count = sparsevlm.adaptive_keep(rank, real, scale=setting.scale, bias=setting.bias)
+    count = counted(rank, jnp.sum(look.valid_GV, axis=1, dtype=jnp.int32))
     score = sparsevlm.rate(weights, look.counts_GR)
     kept = sparsevlm.select(score, look.valid_GV, count, most=setting.keep)
     return _merge(look, score, kept, kept.shape[1])
+
+
+def _sparsevlm_v1(look: Look, setting: Setting) -> Choice:
+    return _by_rank(look, setting, functools.partial(sparsevlm.adaptive_keep, scale=setting.scale, bias=setting.bias))
+
+
+def _sparsevlm_paper(look: Look, setting: Setting) -> Choice:
+    return _by_rank(look, setting, functools.partial(sparsevlm.paper_keep, scale=setting.scale))
 
 
 def _sparsevlm_plus(look: Look, setting: Setting) -> Choice:
@@ -141,6 +154,14 @@ def _sparsevlm_plus(look: Look, setting: Setting) -> Choice:
 _FASTV = {"source": "arXiv 2403.06764", "file": "fastv", "published": ((2, 288),)}
 _SPARSEVLM = {"classes": ("attention", "query"), "source": "arXiv 2410.04417", "file": "sparsevlm"}
 _AND_MERGED = "the budget, and merged ones"
+_BY_RANK = {
+    "rows": "text",
+    "positions": "compact",
+    "merged": lambda slots, keep: sparsevlm.recycled(slots)[1],
+    "published": ((3, 300), (7, 200), (16, 110), (20, 110)),
+    "count": "by rank, up to the budget, and merged ones",
+    **_SPARSEVLM,
+}
 DECODER = {
     "fastv": Decoder(_fastv, "last", "original", **_FASTV),
     "fastv_paper": Decoder(_fastv_paper, "prompt", "original", **_FASTV),
@@ -162,15 +183,8 @@ DECODER = {
         count=_AND_MERGED,
         **_SPARSEVLM,
     ),
-    "sparsevlm_v1": Decoder(
-        _sparsevlm_v1,
-        "text",
-        "compact",
-        lambda slots, keep: sparsevlm.recycled(slots)[1],
-        published=((3, 300), (7, 200), (16, 110), (20, 110)),
-        count="by rank, up to the budget, and merged ones",
-        **_SPARSEVLM,
-    ),
+    "sparsevlm_v1": Decoder(_sparsevlm_v1, **_BY_RANK),
+    "sparsevlm_paper": Decoder(_sparsevlm_paper, scaled=True, **_BY_RANK),
     "sparsevlm_plus": Decoder(
         _sparsevlm_plus, "text", "original", published=((3, 300), (7, 200), (16, 118)), **_SPARSEVLM
     ),
@@ -234,12 +248,19 @@ def steps(name: str, visual: int, layers: tuple[int, ...], keep: tuple[int, ...]
     return tuple(found)
 
 
-def check_rank(scale: float, bias: float) -> None:
-    """Refuse settings of v1 under which nothing could ever be kept.
+def check_rank(name: str, scale: float, bias: float) -> None:
+    """Refuse settings of v1 under which nothing could ever be kept, and of the paper's rule what is no share.
 
     Raises:
-        ValueError: naming `decoder_scale` and `decoder_bias`.
+        ValueError: naming `decoder_scale` (and `decoder_bias`).
     """
+    if name == "sparsevlm_paper":
+        if not 0 <= scale <= 1:
+            raise ValueError(
+                f"decoder_scale = {scale} must lie between 0 and 1: decoder = 'sparsevlm_paper' deletes that share of "
+                "the tokens beyond the rank"
+            )
+        return
     if not (0 <= scale < math.inf and 0 <= bias < math.inf and scale + bias > 0):
         raise ValueError(
             f"decoder_scale = {scale} and decoder_bias = {bias} must be >= 0 and finite, and one of them above 0"

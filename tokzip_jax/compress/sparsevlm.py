@@ -10,8 +10,9 @@ clustered and comes back as a few merged tokens (`recycle`). Three versions were
           picture most are averaged (`busy_heads`), nothing is merged.
 
 Paper and released code differ, and both are here: the paper scales the raters' logits by 1/sqrt(D) (`scaled`), the
-code does not; the paper deletes lambda (V - rank) tokens (`paper_keep`), the code keeps int(scale rank + bias). The
-code adds noise of 1e-6 to the densities of the clustering; here ties go to the lower index unless noise is given.
+code does not; the paper deletes lambda (V - rank) tokens (`paper_keep`), the code keeps int(scale rank + bias): they
+are "sparsevlm_paper" in `decoder.DECODER`. The code adds noise of 1e-6 to the densities of the clustering; here ties
+go to the lower index unless noise is given.
 """
 
 import functools
