@@ -7,6 +7,9 @@ import tempfile
 
 # Tests speak of CPU devices and CPU numerics; set JAX_PLATFORMS to try them elsewhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# With a limit, however large, JAX locks its cache of programs: workers, and processes that tests start, share one.
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
+CACHE = "TOKZIP_JAX_TEST_CACHE"  # where it is, for workers of a run that keeps none for later ones
 
 import hypothesis
 import jax
@@ -24,11 +27,14 @@ def pytest_configure(config):
     # Programs run for a moment here and compile for minutes: compile them carelessly.
     jax.config.update("jax_disable_most_optimizations", True)
     cache = getattr(config, "cache", None)
-    if cache is None:  # -p no:cacheprovider: for this worker, and the processes that its tests start, alone
-        directory = tempfile.mkdtemp()
-        config.add_cleanup(functools.partial(shutil.rmtree, directory))
-    else:
+    if cache is not None:
         directory = str(cache.mkdir("jax"))
+    elif CACHE in os.environ:
+        directory = os.environ[CACHE]
+    else:  # -p no:cacheprovider: gone with this run
+        directory = os.environ[CACHE] = tempfile.mkdtemp()
+        config.add_cleanup(functools.partial(shutil.rmtree, directory))
+        config.add_cleanup(functools.partial(os.environ.pop, CACHE))
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
