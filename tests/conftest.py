@@ -9,13 +9,14 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # With a limit, however large, JAX locks its cache of programs: workers, and processes that tests start, share one.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**33))
-CACHE = "TOKZIP_JAX_TEST_CACHE"  # where it is, for workers of a run that keeps none for later ones
 
 import hypothesis
 import jax
 import pytest
 
 from tokzip_jax import sharding
+
+CACHE = "TOKZIP_JAX_TEST_CACHE"  # where programs are, for workers of a run that keeps none for later ones
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("suite")

@@ -186,6 +186,8 @@ def test_a_static_number_cuts_the_cache():
         tiny.close(found, one_pass(count, rows=ROWS_WITH_PICTURES), atol=1e-4)
     with pytest.raises(ValueError, match="count=0 must be >= 1"):
         elastic.first(cache_of(8), 0)
+    with pytest.raises(ValueError, match="count=9, but the cache holds 8 VoCo tokens of a picture: give at most that"):
+        elastic.first(cache_of(8), 9)
     joined = voco.join(CFG.llm, [cache_of(2), cache_of(2)])
     with pytest.raises(ValueError, match="several pictures: take the first tokens of each one before they are joined"):
         elastic.first(joined, 1)

@@ -119,14 +119,19 @@ def first(cache: VocoCache, count: Array | int) -> VocoCache:
 
     Raises:
         ValueError: a cache of several pictures, whose later ones would have to move (not seen under jit): take the
-            first tokens of each before `voco.join`; or a count below 1.
+            first tokens of each before `voco.join`; a count below 1, or above what the cache holds (an int, and not
+            seen under jit).
     """
     if isinstance(count, int) and count < 1:
         raise ValueError(f"count={count} must be >= 1: text that sees no VoCo token sees nothing of the picture")
     if not isinstance(cache.segment, jax.core.Tracer) and cache.segment.max() > 1:
         raise ValueError("the cache holds several pictures: take the first tokens of each one before they are joined")
-    count_B = jnp.broadcast_to(jnp.asarray(count, jnp.int32), cache.kind.shape[:1])
     is_voco = cache.kind == VOCO
+    if isinstance(count, int) and not isinstance(is_voco, jax.core.Tracer):
+        held = int(is_voco.sum(axis=1).max())
+        if count > held:
+            raise ValueError(f"count={count}, but the cache holds {held} VoCo tokens of a picture: give at most that")
+    count_B = jnp.broadcast_to(jnp.asarray(count, jnp.int32), cache.kind.shape[:1])
     used = (cache.kind != PAD) & (~is_voco | (jnp.cumsum(is_voco, axis=1) <= count_B[:, None]))
     kept = dataclasses.replace(
         cache,
