@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import padded
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,6 +226,52 @@ def test_gradient_is_that_of_the_formula(merge):
     assert not np.any(found[2]) and not np.any(found[3])
 
 
+PADDED = [
+    (1, 5, 5, "official", "official"),
+    (1, 1, 4, "paper", "even"),
+    (0, 4, 3, "official", "even"),
+    (1, 7, 0, "official", "official"),
+]
+
+
+@pytest.mark.parametrize("layout", padded.LAYOUTS)
+@pytest.mark.parametrize(("prefix", "dominant", "contextual", "merge", "targets"), PADDED)
+def test_a_picture_with_padding_is_the_smaller_picture(layout, prefix, dominant, contextual, merge, targets):
+    inputs, valid = draw(16, prefix=prefix, seed=7), padded.masks((15, 9, 12), 16, layout)
+    inputs[3][:, prefix + 2] = 0.0  # alike to everything
+    run = functools.partial(visionzip, dominant=dominant, contextual=contextual, merge=merge, targets=targets)
+    padded.assert_as_alone(run, inputs, valid)
+
+
+@pytest.mark.parametrize("targets", ["official", "even"])
+def test_fewer_patches_than_tokens_fill_the_dominant_slots_first(targets):
+    """CLS and 5 dominant patches, then targets; with no patch left over nothing is merged."""
+    inputs, valid = draw(16, seed=8), padded.masks((8, 5, 2), 16, "scattered")
+    run = functools.partial(visionzip, targets=targets)
+
+    def alone(patches):
+        dominant = min(6, 1 + patches)
+        return functools.partial(run, dominant=dominant, contextual=min(4, 1 + patches - dominant))
+
+    wanted = functools.partial(run, dominant=6, contextual=4)
+    padded.assert_as_alone(wanted, inputs, valid, alone)
+    nothing = wanted(*inputs, valid_BP=np.zeros((3, 16), bool))
+    np.testing.assert_array_equal(nothing.valid_BM, np.arange(10)[None] < np.ones((3, 1)))  # the CLS token
+    assert not np.any(nothing.tokens_BMD[:, 1:]) and np.all(nothing.source_BP == -1)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_padding_counts_nowhere(prefix):
+    run = functools.partial(visionzip, dominant=5, contextual=4)
+    padded.assert_padding_counts_nowhere(run, draw(16, prefix=prefix), padded.masks((14, 9, 6), 16, "scattered"))
+
+
+def test_equal_keys_leave_targets_to_themselves():
+    patches, cls, score, _ = draw(16)
+    keys, valid = np.ones((3, 17, HEAD), np.float32), padded.masks((14, 11, 16), 16, "scattered")
+    padded.assert_as_alone(functools.partial(visionzip, dominant=4, contextual=4), (patches, cls, score, keys), valid)
+
+
 def test_one_compilation_serves_all_pictures():
     traces = []
 
@@ -269,3 +316,5 @@ def test_wrong_arguments_are_named():
         run(patches, cls, score, keys[:, 1:])
     with pytest.raises(ValueError, match="without a CLS row"):
         visionzip(patches, None, score, keys, dominant=5, contextual=5)
+    with pytest.raises(ValueError, match=r"VisionZip: valid has shape \(3, 17\); it must be \(3, 16\)"):
+        run(patches, cls, score, keys, valid_BP=np.ones((3, 17), bool))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import merging
 import numpy as np
+import padded
 import pytest
 
 from tokzip_jax.compress.vispruner import check_budget, rounds, vispruner
@@ -95,6 +96,32 @@ def test_jit_eager_vmap_and_neighbours():
             np.testing.assert_array_equal(a[: len(b)], b)
 
 
+@pytest.mark.parametrize("layout", padded.LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [{"tokens": 6, "step": 2}, {"tokens": 7, "step": 3, "important": 0.0}, {"tokens": 7, "important": 1.0}],
+)
+def test_a_picture_with_padding_is_the_smaller_picture(layout, options):
+    valid = padded.masks((20, 9, 15), 25, layout)
+    padded.assert_as_alone(functools.partial(vispruner, **options), (PATCHES, SCORE), valid)
+
+
+@pytest.mark.parametrize("important", [0.5, 1.0])
+def test_fewer_patches_than_tokens_are_all_kept(important):
+    valid = padded.masks((9, 4, 0), 25, "scattered")
+    result = vispruner(PATCHES, SCORE, tokens=10, step=2, important=important, valid_BP=valid)
+    np.testing.assert_array_equal(np.asarray(result.source_BP) >= 0, valid)
+    np.testing.assert_array_equal(result.valid_BM, np.arange(10)[None] < [[9], [4], [0]])
+    np.testing.assert_array_equal(result.size_BM, result.valid_BM)
+    merging.assert_books(result, 25, dropped=True)
+    np.testing.assert_array_equal(result.tokens_BMD[0, :9], PATCHES[0, valid[0]])
+
+
+def test_padding_counts_nowhere():
+    run = functools.partial(vispruner, tokens=10, step=2)
+    padded.assert_padding_counts_nowhere(run, (PATCHES, SCORE), padded.masks((20, 13, 6), 25, "scattered"))
+
+
 def test_gradient_goes_to_kept_patches_alone():
     patches = PATCHES.copy()
     patches[:, 3] = 0.0
@@ -124,3 +151,6 @@ def test_what_cannot_be_is_one_sentence():
         vispruner(PATCHES, SCORE, tokens=4, step=0)
     with pytest.raises(ValueError, match=r"scores have shape \(3, 24\); 25 patches need \(3, 25\)"):
         vispruner(PATCHES, SCORE[:, 1:], tokens=4)
+    for tokens in (4, 25):
+        with pytest.raises(ValueError, match=r"VisPruner: valid has shape \(3, 24\); it must be \(3, 25\)"):
+            vispruner(PATCHES, SCORE, tokens=tokens, valid_BP=np.ones((3, 24), bool))

@@ -23,6 +23,7 @@ import numpy as np
 
 from tokzip_jax.compress import ops
 from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
+from tokzip_jax.compress.greedy import check_shape, fill, places
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 MERGES = ("official", "paper")
@@ -61,6 +62,18 @@ def target_places(rest: int, contextual: int, targets: str) -> np.ndarray:
     return np.arange(contextual) * max(1, rest // max(contextual, 1))
 
 
+def valid_target_places(rest_B1: Array, contextual: int, targets: str) -> Array:
+    """`target_places` of pictures [B, 1] that differ in how many patches remain, [B, contextual] int32.
+
+    Where fewer remain than there are targets, each is a target, and what comes behind them has no meaning.
+    """
+    number = jnp.arange(contextual, dtype=jnp.int32)[None]
+    if targets == "even":
+        middle_BM = (2 * number + 1) * rest_B1 // (2 * contextual)  # as `ops.evenly_spaced`
+        return jnp.where(rest_B1 < contextual, number, middle_BM)
+    return number * jnp.maximum(1, rest_B1 // contextual)
+
+
 @functools.partial(jax.jit, static_argnames=("dominant", "contextual", "merge", "targets"))
 def visionzip(
     patches_BPD: Array,
@@ -72,6 +85,7 @@ def visionzip(
     contextual: int,
     merge: str = "official",
     targets: str = "official",
+    valid_BP: Array | None = None,
 ) -> VisualTokens:
     """Compress P patches (and the CLS token) to dominant + contextual tokens.
 
@@ -87,9 +101,11 @@ def visionzip(
         contextual: contextual tokens, 0 .. what the dominant ones leave.
         merge: "official" or "paper", see the module.
         targets: "official" or "even", see the module.
+        valid_BP: [B, P] bool, see `greedy`: a picture with fewer valid patches fills the dominant slots first; None:
+            all.
 
     Returns:
-        `VisualTokens` with M = dominant + contextual, all valid, in the patches' dtype: CLS, dominant patches in
+        `VisualTokens` with M = dominant + contextual in the patches' dtype: CLS, dominant patches in
         raster order, contextual tokens in target order (they stand at their target's place). Sizes are 0 for CLS, 1
         for a dominant patch, 1 + members for a contextual token. Patches go nowhere (-1) only if contextual is 0.
         Of equal scores or similarities the lower index wins; a zero key is alike (0) to everything.
@@ -102,6 +118,12 @@ def visionzip(
     check_budget(patches, dominant, contextual, cls=bool(prefix))
     _check_arguments(batch, patches, prefix, cls_attention_BP, keys_BSH, merge, targets)
 
+    if valid_BP is not None:
+        check_shape("VisionZip", "valid", valid_BP.shape, (batch, patches))
+        keys_BPH = keys_BSH[:, prefix:]
+        return _of_valid(
+            patches_BPD, cls_BD, cls_attention_BP, keys_BPH, valid_BP, dominant, contextual, merge, targets
+        )
     kept = dominant - prefix
     chosen_BP = ops.top_mask(cls_attention_BP, kept)
     kept_BK, rest_BR = ops.partition(chosen_BP, kept)
@@ -121,6 +143,50 @@ def visionzip(
         source_BP = jnp.where(chosen_BP, source_BP, dominant + slot_BP)
     tokens_BMD, position_BM, size_BM = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     return VisualTokens(tokens_BMD, jnp.ones(position_BM.shape, bool), position_BM, size_BM, source_BP)
+
+
+def _of_valid(
+    patches_BPD: Array,
+    cls_BD: Array | None,
+    score_BP: Array,
+    keys_BPH: Array,
+    valid_BP: Array,
+    dominant: int,
+    contextual: int,
+    merge: str,
+    targets: str,
+) -> VisualTokens:
+    """The result for pictures with padding: how many patches remain beside the dominant ones is the picture's own."""
+    batch, patches, _ = patches_BPD.shape
+    prefix = 0 if cls_BD is None else 1
+    # Groups are sums over all patches: whatever stands in the padding, NaN among it, must not come near them.
+    patches_BPD = jnp.where(valid_BP[:, :, None], patches_BPD, 0)
+    chosen_BP = ops.top_mask(jnp.where(valid_BP, score_BP, -jnp.inf), dominant - prefix) & valid_BP
+    kept = fill(patches_BPD, chosen_BP, dominant - prefix)
+    parts = [(kept.tokens_BMD, kept.valid_BM, kept.position_BM, kept.size_BM)]
+    source_BP = ops.source(chosen_BP, first=prefix)
+    if cls_BD is not None:
+        nowhere = jnp.full((batch, 1), -1, jnp.int32)
+        cls = cls_BD[:, None].astype(patches_BPD.dtype)
+        parts.insert(0, (cls, jnp.ones((batch, 1), bool), nowhere, jnp.zeros_like(nowhere)))
+    if contextual:
+        rest_BP = valid_BP & ~chosen_BP
+        rest_B1 = jnp.sum(rest_BP, axis=1, keepdims=True, dtype=jnp.int32)
+        place_BM = valid_target_places(rest_B1, contextual, targets)
+        filled_BM = place_BM < rest_B1
+        target_BM = jnp.take_along_axis(places(rest_BP, patches)[0], jnp.where(filled_BM, place_BM, 0), axis=1)
+        own_BPM = (jnp.arange(patches)[None, :, None] == target_BM[:, None]) & filled_BM[:, None]
+        similarity_BPM = ops.cosine(keys_BPH, ops.gather(keys_BPH, target_BM))
+        # A target is likest to itself, of equal keys too.
+        likeness_BPM = jnp.where(own_BPM, jnp.inf, jnp.where(filled_BM[:, None], similarity_BPM, -jnp.inf))
+        slot_BP = jnp.argmax(likeness_BPM, axis=2).astype(jnp.int32)
+        member_BP = jnp.where(rest_BP & ~jnp.any(own_BPM, axis=2), slot_BP, -1)
+        merged, count_BM = _merge(patches_BPD, target_BM, member_BP, merge)
+        merged = jnp.where(filled_BM[:, :, None], merged, 0)
+        position_BM, size_BM = jnp.where(filled_BM, target_BM, -1), jnp.where(filled_BM, 1 + count_BM, 0)
+        parts.append((merged, filled_BM, position_BM, size_BM))
+        source_BP = jnp.where(rest_BP, dominant + slot_BP, source_BP)
+    return VisualTokens(*(jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True)), source_BP)
 
 
 def _assign(keys_BPH: Array, chosen_BP: Array, target_BM: Array, places: np.ndarray) -> tuple[Array, Array]:

@@ -15,6 +15,8 @@ from jax import lax
 
 from tokzip_jax.compress import ops
 from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
+from tokzip_jax.compress.greedy import check_shape, fill
+from tokzip_jax.compress.select import best
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 
@@ -43,7 +45,13 @@ def rounds(rest: int, diverse: int, step: int) -> tuple[int, ...]:
 
 @functools.partial(jax.jit, static_argnames=("tokens", "important", "step"))
 def vispruner(
-    patches_BPD: Array, cls_attention_BP: Array, *, tokens: int, important: float = 0.5, step: int = 8
+    patches_BPD: Array,
+    cls_attention_BP: Array,
+    *,
+    tokens: int,
+    important: float = 0.5,
+    step: int = 8,
+    valid_BP: Array | None = None,
 ) -> VisualTokens:
     """Keep `tokens` patches.
 
@@ -53,14 +61,15 @@ def vispruner(
         tokens: 1 .. P.
         important: share of them chosen by attention, rounded down.
         step: how many duplicates a round drops at most.
+        valid_BP: [B, P] bool, see `greedy`: the list is of the valid patches alone; None: all.
 
     Returns:
-        `VisualTokens` with M = tokens in raster order, all valid, sizes 1; the other patches are dropped. Of equal
-        scores the one that stands first wins: by attention the lower patch, by similarity the one earlier in the list.
-        With important = 1 only attention counts.
+        `VisualTokens` with M = tokens in raster order, sizes 1; the other patches are dropped. Of equal scores the one
+        that stands first wins: by attention the lower patch, by similarity the one earlier in the list. With
+        important = 1 only attention counts.
 
     Raises:
-        ValueError: a number out of range, or scores of another shape.
+        ValueError: a number out of range, or scores or a mask of another shape.
     """
     batch, patches, _ = patches_BPD.shape
     check_budget(patches, tokens, important=important, step=step)
@@ -71,20 +80,36 @@ def vispruner(
     first = int(tokens * important)
     counts = rounds(patches - first, tokens - first, step)
     score_BP = lax.stop_gradient(cls_attention_BP).astype(jnp.float32)
-    chosen_BP = ops.top_mask(score_BP, first)
     if tokens == first or not counts:
-        return ops.keep(patches_BPD, ops.top_mask(score_BP, tokens), tokens)
+        return best("VisPruner", patches_BPD, score_BP, valid_BP, tokens)
+    if valid_BP is not None:
+        check_shape("VisPruner", "valid", valid_BP.shape, (batch, patches))
+        score_BP = jnp.where(valid_BP, score_BP, -jnp.inf)
+    chosen_BP = ops.top_mask(score_BP, first)
     # Place in the list by attention; what is not in the list any more has none.
     by_score = jnp.argsort(-jnp.where(jnp.isnan(score_BP), -jnp.inf, score_BP), axis=1, stable=True)
     place_BP = jnp.where(chosen_BP, patches, jnp.argsort(by_score, axis=1) - first).astype(jnp.int32)
     features_BPD = lax.stop_gradient(patches_BPD)
     similarity_BPP = ops.cosine(features_BPD, features_BPD)
-    place_BP, _ = lax.scan(functools.partial(_round, similarity_BPP), place_BP, jnp.asarray(np.array(counts, np.int32)))
-    return ops.keep(patches_BPD, chosen_BP | (place_BP < patches), tokens)
+    run = functools.partial(_round, similarity_BPP)
+    if valid_BP is None:
+        place_BP, _ = lax.scan(run, place_BP, jnp.asarray(np.array(counts, np.int32)))
+        return ops.keep(patches_BPD, chosen_BP | (place_BP < patches), tokens)
+
+    def count_and_run(place_BP: Array, _: None) -> tuple[Array, None]:
+        listed_B1 = jnp.sum(place_BP < patches, axis=1, keepdims=True, dtype=jnp.int32)
+        most_B1 = jnp.minimum(jnp.minimum(step, listed_B1 - (tokens - first)), (listed_B1 + 1) // 2)
+        return run(place_BP, jnp.maximum(most_B1, 0))
+
+    # A shorter list is done no later than that of all patches; a round that drops nothing changes no membership.
+    place_BP, _ = lax.scan(count_and_run, jnp.where(valid_BP, place_BP, patches), None, length=len(counts))
+    return fill(patches_BPD, (chosen_BP & valid_BP) | (place_BP < patches), tokens)
 
 
 def _round(similarity_BPP: Array, place_BP: Array, count: Array) -> tuple[Array, None]:
     """One round: [B, P] places in the list -> places in the list that `count` fewer patches make; P = none.
+
+    `count` is one for all pictures, or [B, 1].
 
     All P x P similarities are looked at through a mask, which a compiler fuses into one pass over them; the list itself
     is never gathered.
