@@ -1,12 +1,14 @@
 """PruMerge and PruMerge+ against the official numbers and a plain loop with lists."""
 
 import functools
+import operator
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import merging
 import numpy as np
+import padded
 import pytest
 
 from tokzip_jax.compress.prumerge import check_budget, giant_attention, outliers, prumerge, prumerge_plus
@@ -210,6 +212,113 @@ def test_a_shared_count_couples_pictures():
         assert np.array_equal(alone.valid_BM[0], beside.valid_BM[0]) == same
 
 
+@pytest.mark.parametrize("layout", padded.LAYOUTS)
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (prumerge, {"tokens": 12}),
+        (prumerge, {"tokens": 4, "merge": "paper"}),
+        (prumerge, {"tokens": 9, "count": "fixed"}),
+        (prumerge_plus, {"tokens": 15}),
+        (prumerge_plus, {"tokens": 11, "merge": "paper"}),
+        (prumerge_plus, {"tokens": 12, "count": "fixed"}),
+        (prumerge_plus, {"tokens": 13, "count": "fixed", "merge": "paper", "repeats": "none"}),
+    ],
+    ids=str,
+)
+def test_a_picture_with_padding_is_the_smaller_picture(layout, function, options):
+    valid = padded.masks((27, 14, 21), 30, layout)
+    run = functools.partial(function, neighbours=FEW, **options)
+    padded.assert_as_alone(run, draw(seed=4), valid, last=int("merge" not in options))
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (prumerge, {"count": "fixed"}),
+        (prumerge_plus, {"count": "fixed"}),
+        (prumerge_plus, {"count": "fixed", "merge": "paper"}),
+        (prumerge_plus, {"count": "fixed", "repeats": "none"}),
+        (prumerge_plus, {}),
+    ],
+    ids=str,
+)
+def test_fewer_patches_than_tokens_have_as_many_centres(function, options):
+    valid, further = padded.masks((13, 6, 9), 30, "scattered"), int("merge" not in options)
+    run = functools.partial(function, neighbours=FEW, **options)
+    wanted = functools.partial(run, tokens=18)
+    padded.assert_as_alone(
+        wanted, draw(seed=5), valid, lambda patches: functools.partial(run, tokens=patches + further), last=further
+    )
+    nothing = wanted(*INPUTS, valid_BP=np.zeros((3, 30), bool))
+    assert not np.any(nothing.valid_BM) and np.all(nothing.source_BP == -1) and not np.any(nothing.tokens_BMD)
+
+
+def test_fewer_patches_than_neighbours_are_all_taken_in():
+    valid = padded.masks((5, 3, 1), 30, "scattered")
+    result = prumerge(*INPUTS, tokens=2, count="fixed", neighbours=10, valid_BP=valid)
+    patches, attention, _ = INPUTS
+    for row, real in enumerate(valid):
+        centre = int(result.position_BM[row, 0])
+        assert centre == max(np.flatnonzero(real), key=lambda i: attention[row, i])
+        others = real & (np.arange(30) != centre)
+        taken = attention[row, others] @ patches[row, others]
+        np.testing.assert_allclose(result.tokens_BMD[row], [patches[row, centre] + taken, taken], atol=1e-6)
+        np.testing.assert_array_equal(result.source_BP[row], np.where(real, 0, -1))
+
+
+@pytest.mark.parametrize("function", [prumerge, prumerge_plus])
+def test_a_shared_count_is_of_the_valid_patches_of_the_batch(function):
+    """Pictures of one size are as those patches alone; of different ones each gets its share of its own patches."""
+    inputs, valid = draw(seed=6), padded.masks((21, 21, 21), 30, "scattered")
+    run = functools.partial(function, tokens=12, count="batch", neighbours=FEW)
+    index = np.array([np.flatnonzero(real) for real in valid])
+    small = [np.take_along_axis(x, index[:, :, None] if x.ndim == 3 else index, axis=1) for x in inputs[:2]]
+    keys = np.take_along_axis(inputs[2], np.pad(index + 1, ((0, 0), (1, 0)))[:, :, None], axis=1)
+    found, alone = run(*inputs, valid_BP=valid), run(*small, keys)
+    for row in range(3):
+        picture = jax.tree.map(operator.itemgetter(slice(row, row + 1)), alone)
+        padded.assert_row(found, row, picture, index[row], last=1)
+    attention = np.full((2, 30), 0.01, np.float32)
+    attention[0, :3] = 0.2
+    # 3 of 30 counted patches: 2 of 20 and 1 of 10 of them; a third of 10 for the grid.
+    number, stride = outliers(attention, "batch", np.arange(30)[None] < np.array([[20], [10]]))
+    np.testing.assert_array_equal(number, [2, 1])
+    np.testing.assert_array_equal(stride, [3, 3])
+
+
+def test_counts_with_padding_are_the_released_ones():
+    """Also where the reciprocal of a reciprocal falls below a whole number: 1 / (1 / 93) is 92."""
+    attention = np.zeros((3, 100), np.float32)
+    attention[:, 0], attention[2, 1] = 0.2, 0.2
+    number, stride = outliers(attention, "sample", padded.masks((93, 94, 92), 100, "end"))
+    np.testing.assert_array_equal(number, [1, 1, 2])
+    np.testing.assert_array_equal(stride, [30, 31, 15])
+    assert int(1 / (1 / 93)) // 3 == 30
+
+
+@pytest.mark.parametrize(
+    ("function", "options"), [(prumerge, {}), (prumerge_plus, {"count": "fixed"}), (prumerge_plus, {"merge": "paper"})]
+)
+def test_padding_counts_nowhere(function, options):
+    run = functools.partial(function, tokens=12, neighbours=FEW, **options)
+    padded.assert_padding_counts_nowhere(run, INPUTS, padded.masks((27, 14, 8), 30, "scattered"))
+
+
+def test_padding_gets_no_attention():
+    rng = np.random.default_rng(7)
+    queries, keys = rng.normal(size=(2, 13, 5)), rng.normal(size=(2, 13, 5))
+    valid = padded.masks((9, 5), 12, "scattered")
+    attention = giant_attention(
+        queries, np.where(np.pad(valid, ((0, 0), (1, 0)), constant_values=True)[..., None], keys, np.nan), valid
+    )
+    for row, real in enumerate(valid):
+        index = np.flatnonzero(real)
+        alone = giant_attention(queries[row : row + 1], keys[row : row + 1][:, np.concatenate([[0], index + 1])])
+        np.testing.assert_allclose(attention[row, index], alone[0], atol=1e-6)
+        assert not np.any(attention[row, ~real])
+
+
 @pytest.mark.parametrize("merge", ["official", "paper"])
 def test_gradients_are_those_of_the_formula(merge):
     patches, attention, keys = INPUTS
@@ -275,3 +384,6 @@ def test_wrong_arguments_are_named():
         run(patches, attention[:, 1:], keys)
     with pytest.raises(ValueError, match="with their CLS row first"):
         run(patches, attention, keys[:, 1:])
+    for function in (prumerge, prumerge_plus):
+        with pytest.raises(ValueError, match=r"PruMerge: valid has shape \(3, 29\); it must be \(3, 30\)"):
+            function(patches, attention, keys, tokens=8, neighbours=FEW, valid_BP=np.ones((3, 29), bool))

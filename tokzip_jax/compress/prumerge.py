@@ -23,11 +23,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tokzip_jax.compress import ops
 from tokzip_jax.compress.entry import Ask, Encoder, Tower, option
-from tokzip_jax.compress.prumerge_centres import adaptive_centres, by_attention, fixed_centres, outliers
+from tokzip_jax.compress.greedy import check_shape
+from tokzip_jax.compress.prumerge_centres import (
+    adaptive_centres,
+    by_attention,
+    fixed_centres,
+    outliers,
+    valid_fixed_centres,
+)
+from tokzip_jax.compress.prumerge_merge import take_in
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 MERGES = ("official", "paper")
@@ -59,18 +66,21 @@ def check_budget(patches: int, tokens: int, *, neighbours: int = 32, merge: str 
         )
 
 
-def giant_attention(queries_BSD: Array, keys_BSD: Array) -> Array:
+def giant_attention(queries_BSD: Array, keys_BSD: Array, valid_BP: Array | None = None) -> Array:
     """The released score: softmax attention of the CLS row, all heads as one of the full width.
 
     Args:
         queries_BSD, keys_BSD: [B, 1+P, D] raw projections of the last block with bias, CLS first; of the queries only
             the first row is read.
+        valid_BP: [B, P] bool, False for padding, which gets no attention; None: all.
 
     Returns:
         [B, P] float32, without the CLS column (rows sum to less than 1).
     """
     query_BD, keys = queries_BSD[:, 0].astype(jnp.float32), keys_BSD.astype(jnp.float32)
     logits_BS = jnp.einsum("BD,BSD->BS", query_BD, keys, precision=ops.EXACT) * keys.shape[-1] ** -0.5
+    if valid_BP is not None:
+        logits_BS = jnp.where(jnp.pad(valid_BP, ((0, 0), (1, 0)), constant_values=True), logits_BS, -jnp.inf)
     return jax.nn.softmax(logits_BS, axis=1)[:, 1:]
 
 
@@ -84,6 +94,7 @@ def prumerge(
     count: str = "sample",
     neighbours: int = 32,
     merge: str = "official",
+    valid_BP: Array | None = None,
 ) -> VisualTokens:
     """PruMerge.
 
@@ -93,6 +104,9 @@ def prumerge(
         keys_BSD: [B, 1+P, H] keys of the same block, CLS first.
         tokens: slots. More centres than fit: those with the lowest attention are not taken.
         count, neighbours, merge: see the module; 32 neighbours are the released number.
+        valid_BP: [B, P] bool, see `greedy`: quartiles, grids and neighbourhoods are of valid patches (a centre takes in
+            as many as there are), a fixed count is at most their number, and the batch's share of a picture's own
+            patches is rounded down exactly, not through float64; None: all.
 
     Returns:
         `VisualTokens` with M = tokens in the patches' dtype: centres by falling attention, then slots that this picture
@@ -103,14 +117,16 @@ def prumerge(
     Raises:
         ValueError: a number out of range, an unknown option, or shapes that do not fit.
     """
-    slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count)
-    order_BP, _ = by_attention(attention_BP)
+    slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count, valid_BP)
+    order_BP, _ = by_attention(attention_BP, valid_BP)
     centre_BK = order_BP[:, :slots]
-    if count == "fixed":
+    if count != "fixed":
+        valid_BK = jnp.arange(slots)[None] < outliers(attention_BP, count, valid_BP)[0][:, None]
+    elif valid_BP is None:
         valid_BK = jnp.ones(centre_BK.shape, bool)
     else:
-        valid_BK = jnp.arange(slots)[None] < outliers(attention_BP, count)[0][:, None]
-    return _compress(patches_BPD, attention_BP, keys_BSD, centre_BK, valid_BK, None, neighbours, merge)
+        valid_BK = jnp.take_along_axis(valid_BP, centre_BK, axis=1)
+    return take_in(patches_BPD, attention_BP, keys_BSD, centre_BK, valid_BK, None, neighbours, merge, valid_BP)
 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "count", "neighbours", "merge", "repeats"))
@@ -124,6 +140,7 @@ def prumerge_plus(
     neighbours: int = 32,
     merge: str = "official",
     repeats: str = "official",
+    valid_BP: Array | None = None,
 ) -> VisualTokens:
     """PruMerge+: the outliers and a regular grid of patches.
 
@@ -135,7 +152,8 @@ def prumerge_plus(
         tokens: slots. More centres than fit, which a low stride makes likely: those with the lowest attention are not
             taken, which means grid patches before outliers.
         repeats: see the module; read only if the count is fixed.
-        patches_BPD, attention_BP, keys_BSD, count, neighbours, merge: as in `prumerge`.
+        patches_BPD, attention_BP, keys_BSD, count, neighbours, merge, valid_BP: as in `prumerge`; a picture with fewer
+            valid patches than slots has as many centres, the grid's half of them.
 
     Returns:
         As `prumerge`; outliers by falling attention, then the grid in raster order. A repeated centre's `source` is its
@@ -144,89 +162,30 @@ def prumerge_plus(
     Raises:
         ValueError: a number out of range, an unknown option, or shapes that do not fit.
     """
-    slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count)
+    slots = _check(patches_BPD, attention_BP, keys_BSD, tokens, neighbours, merge, count, valid_BP)
     if repeats not in REPEATS:
         raise ValueError(f"PruMerge+: repeats = {repeats!r} is unknown; choose one of {', '.join(REPEATS)}")
-    if count == "fixed":
+    candidate_BC, exists_BC = None, valid_BP
+    if count != "fixed":
+        centre_BK, valid_BK = adaptive_centres(attention_BP, slots, count, valid_BP)
+    elif valid_BP is None:
         centre_BK, candidate_BC = fixed_centres(attention_BP, slots, repeats)
         valid_BK = jnp.ones(centre_BK.shape, bool)
     else:
-        centre_BK, valid_BK = adaptive_centres(attention_BP, slots, count)
-        candidate_BC = None
-    return _compress(patches_BPD, attention_BP, keys_BSD, centre_BK, valid_BK, candidate_BC, neighbours, merge)
-
-
-def _compress(
-    patches_BPD: Array,
-    attention_BP: Array,
-    keys_BSD: Array,
-    centre_BK: Array,
-    valid_BK: Array,
-    candidate_BC: Array | None,
-    neighbours: int,
-    merge: str,
-) -> VisualTokens:
-    """The result for K chosen centres; `candidate_BC` [B, P] lists what can be taken in, centres first; None = all."""
-    x_BCD, weight_BC = patches_BPD.astype(jnp.float32), attention_BP.astype(jnp.float32)
-    keys_BCH, place_BK = lax.stop_gradient(keys_BSD[:, 1:]), centre_BK
-    if candidate_BC is not None:
-        x_BCD, keys_BCH = ops.gather(x_BCD, candidate_BC), ops.gather(keys_BCH, candidate_BC)
-        weight_BC = jnp.take_along_axis(weight_BC, candidate_BC, axis=1)
-        place_BK = jnp.broadcast_to(jnp.arange(centre_BK.shape[1], dtype=jnp.int32)[None], centre_BK.shape)
-    near_BKC, likest_BC, is_centre_BC = _near(keys_BCH, place_BK, valid_BK, neighbours, merge)
-    share_BKC = jnp.where(near_BKC, weight_BC[:, None], 0.0)
-    taken_BKD = jnp.einsum("BKC,BCD->BKD", share_BKC, x_BCD, precision=ops.EXACT)
-    tokens, valid, position = ops.gather(x_BCD, place_BK), valid_BK, jnp.where(valid_BK, centre_BK, -1)
-    if merge == "paper":
-        own = jnp.take_along_axis(weight_BC, place_BK, axis=1)[:, :, None]
-        total = own + jnp.sum(share_BKC, axis=2, keepdims=True)
-        tokens = (own * tokens + taken_BKD) / jnp.where(total == 0, 1.0, total)
-    else:
-        tokens += taken_BKD
-    tokens = jnp.where(valid_BK[:, :, None], tokens, 0.0)
-    if merge == "official":
-        other_BC = jnp.where(is_centre_BC, 0.0, weight_BC)
-        further_BD = jnp.einsum("BC,BCD->BD", other_BC, x_BCD, precision=ops.EXACT)
-        tokens = jnp.concatenate([tokens, further_BD[:, None]], axis=1)
-        position = jnp.pad(position, ((0, 0), (0, 1)), constant_values=-1)
-        valid = jnp.pad(valid, ((0, 0), (0, 1)), constant_values=True)
-        likest_BC = jnp.where(likest_BC < 0, centre_BK.shape[1], likest_BC)
-    source_BP = _source(likest_BC, centre_BK, valid_BK, candidate_BC)
-    member_BMP = source_BP[:, None] == jnp.arange(position.shape[1])[None, :, None]
-    return VisualTokens(
-        tokens_BMD=tokens.astype(patches_BPD.dtype),
-        valid_BM=valid,
-        position_BM=position,
-        size_BM=jnp.sum(member_BMP, axis=2, dtype=jnp.int32),
-        source_BP=source_BP,
-    )
-
-
-def _near(keys_BCH: Array, place_BK: Array, valid_BK: Array, neighbours: int, merge: str) -> tuple[Array, Array, Array]:
-    """What each centre takes in [B, K, C], the likest centre that took each in or -1 [B, C], and who is one [B, C]."""
-    candidates = keys_BCH.shape[1]
-    own_BKC = place_BK[:, :, None] == jnp.arange(candidates)[None, None]
-    is_centre_BC = jnp.any(own_BKC & valid_BK[:, :, None], axis=1)
-    barred_BKC = own_BKC | is_centre_BC[:, None] if merge == "paper" else own_BKC
-    similarity = jnp.where(barred_BKC, -jnp.inf, ops.cosine(ops.gather(keys_BCH, place_BK), keys_BCH))
-    near_BKC = ops.top_mask(similarity.reshape(-1, candidates), neighbours).reshape(similarity.shape)
-    near_BKC &= ~barred_BKC & valid_BK[:, :, None]
-    likest_BC = jnp.argmax(jnp.where(near_BKC, similarity, -jnp.inf), axis=1).astype(jnp.int32)
-    return near_BKC, jnp.where(jnp.any(near_BKC, axis=1), likest_BC, -1), is_centre_BC
-
-
-def _source(likest_BC: Array, centre_BK: Array, valid_BK: Array, candidate_BC: Array | None) -> Array:
-    """The slot of each patch [B, P]: a centre's own (first) one, for others as their candidate went, else -1."""
-    batch, patches = likest_BC.shape
-    if candidate_BC is not None:
-        nowhere = jnp.full((batch, patches), -1, jnp.int32)
-        likest_BC = nowhere.at[jnp.arange(batch)[:, None], candidate_BC].set(likest_BC)
-    own_BKP = (centre_BK[:, :, None] == jnp.arange(patches)[None, None]) & valid_BK[:, :, None]
-    return jnp.where(jnp.any(own_BKP, axis=1), jnp.argmax(own_BKP, axis=1).astype(jnp.int32), likest_BC)
+        centre_BK, valid_BK, candidate_BC, exists_BC = valid_fixed_centres(attention_BP, slots, repeats, valid_BP)
+    centres = (centre_BK, valid_BK, candidate_BC)
+    return take_in(patches_BPD, attention_BP, keys_BSD, *centres, neighbours, merge, exists_BC)
 
 
 def _check(
-    patches_BPD: Array, attention: Array, keys: Array, tokens: int, neighbours: int, merge: str, count: str
+    patches_BPD: Array,
+    attention: Array,
+    keys: Array,
+    tokens: int,
+    neighbours: int,
+    merge: str,
+    count: str,
+    valid_BP: Array | None,
 ) -> int:
     """Slots for centres; ValueError for what does not fit."""
     batch, patches, _ = patches_BPD.shape
@@ -234,6 +193,8 @@ def _check(
         if value not in known:
             raise ValueError(f"PruMerge: {name} = {value!r} is unknown; choose one of {', '.join(known)}")
     check_budget(patches, tokens, neighbours=neighbours, merge=merge)
+    if valid_BP is not None:
+        check_shape("PruMerge", "valid", valid_BP.shape, (batch, patches))
     if attention.shape != (batch, patches):
         raise ValueError(f"PruMerge: scores have shape {attention.shape}; {patches} patches need {(batch, patches)}")
     if keys.shape[:2] != (batch, 1 + patches):
