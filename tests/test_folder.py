@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import merging
 import numpy as np
+import padded
 import pytest
 
 from tokzip_jax.compress import bipartite
@@ -67,6 +68,38 @@ def test_simple_form_equals_the_loop(tokens, scale, protect):
         merging.assert_same(result, row, state, scale=SCALES[scale])
     if tokens == 21:
         np.testing.assert_array_equal(result.tokens_BMD, PATCHES)
+
+
+# One fold with the released scale and without it, several folds, and none, beside one another.
+@pytest.mark.parametrize("layout", padded.LAYOUTS)
+@pytest.mark.parametrize(
+    ("tokens", "scale", "protect"),
+    [(9, "official", True), (2, "official", False), (6, "always", False), (6, "none", True)],
+)
+def test_a_picture_with_padding_is_the_smaller_picture(layout, tokens, scale, protect):
+    valid = padded.masks((20, 11, 15), 21, layout)
+    run = functools.partial(folder, tokens=tokens, scale=scale, protect=protect)
+    padded.assert_as_alone(run, (PATCHES, METRIC), valid)
+
+
+@pytest.mark.parametrize("scale", ["official", "always"])
+def test_fewer_patches_than_tokens_stay_as_they_are(scale):
+    valid = padded.masks((7, 2, 0), 21, "scattered")
+    result = folder(PATCHES, tokens=9, scale=scale, valid_BP=valid)
+    np.testing.assert_array_equal(result.valid_BM, np.arange(9)[None] < [[7], [2], [0]])
+    np.testing.assert_array_equal(result.size_BM, result.valid_BM)
+    np.testing.assert_array_equal(result.source_BP, np.where(valid, np.cumsum(valid, axis=1) - 1, -1))
+    for row, real in enumerate(valid):
+        index = np.flatnonzero(real)
+        np.testing.assert_array_equal(result.position_BM[row, : len(index)], index)
+        np.testing.assert_array_equal(result.tokens_BMD[row, : len(index)], PATCHES[row, index])
+        assert np.all(result.position_BM[row, len(index) :] == -1)
+        assert not np.any(result.tokens_BMD[row, len(index) :])
+
+
+def test_padding_counts_nowhere():
+    run = functools.partial(folder, tokens=7)
+    padded.assert_padding_counts_nowhere(run, (PATCHES, METRIC), padded.masks((17, 9, 4), 21, "scattered"))
 
 
 def in_block(tokens, penalty, patches, metric, attention):
@@ -153,3 +186,5 @@ def test_what_cannot_be_is_one_sentence():
         folder(PATCHES, tokens=4, scale="size")
     with pytest.raises(ValueError, match=r"metric of shape \(3, 20, 4\) does not fit"):
         folder(PATCHES, METRIC[:, 1:], tokens=4)
+    with pytest.raises(ValueError, match=r"FOLDER: valid has shape \(3, 20\); it must be \(3, 21\)"):
+        folder(PATCHES, tokens=4, valid_BP=np.ones((3, 20), bool))

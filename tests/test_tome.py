@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import merging
 import numpy as np
+import padded
 import pytest
 
 from tokzip_jax.compress import bipartite
@@ -89,6 +90,41 @@ def test_jit_eager_vmap_and_neighbours():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+# Steps: none to four, of different numbers in one batch.
+@pytest.mark.parametrize("layout", padded.LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_a_picture_with_padding_is_the_smaller_picture(layout, tokens):
+    valid = padded.masks((19, 9, 14), 21, layout)
+    padded.assert_as_alone(functools.partial(tome, tokens=tokens), (PATCHES, METRIC), valid)
+
+
+@pytest.mark.parametrize("tokens", [9, 21])
+def test_fewer_patches_than_tokens_stay_as_they_are(tokens):
+    valid = padded.masks((7, 2, 0), 21, "scattered")
+    result = tome(PATCHES, METRIC, tokens=tokens, valid_BP=valid)
+    for row, real in enumerate(valid):
+        index = np.flatnonzero(real)
+        np.testing.assert_array_equal(result.valid_BM[row], np.arange(tokens) < len(index))
+        np.testing.assert_array_equal(
+            result.position_BM[row], np.pad(index, (0, tokens - len(index)), "constant", constant_values=-1)
+        )
+        np.testing.assert_array_equal(result.tokens_BMD[row, : len(index)], PATCHES[row, index])
+        assert not np.any(result.tokens_BMD[row, len(index) :])
+        np.testing.assert_array_equal(result.source_BP[row], np.where(real, np.cumsum(real) - 1, -1))
+        np.testing.assert_array_equal(result.size_BM[row], result.valid_BM[row])
+
+
+def test_padding_counts_nowhere():
+    run = functools.partial(tome, tokens=7)
+    padded.assert_padding_counts_nowhere(run, (PATCHES, METRIC), padded.masks((17, 9, 4), 21, "scattered"))
+
+
+def test_ties_of_a_picture_with_padding_take_the_lower_place():
+    metric, valid = np.zeros((3, 21, 2), np.float32), padded.masks((13, 16, 8), 21, "scattered")
+    metric[:, 9:] = 1.0
+    padded.assert_as_alone(functools.partial(tome, tokens=5), (PATCHES, metric), valid)
+
+
 def test_gradient_goes_to_features_alone():
     weight = np.random.default_rng(1).normal(size=(3, 8, 6)).astype(np.float32)
     loss = jax.jit(jax.grad(lambda x, m: jnp.sum(weight * tome(x, m, tokens=8).tokens_BMD), argnums=(0, 1)))
@@ -135,6 +171,8 @@ def test_what_cannot_be_is_one_sentence():
         check_budget(21, 0)
     with pytest.raises(ValueError, match=r"metric of shape \(3, 20, 4\) does not fit"):
         tome(PATCHES, METRIC[:, 1:], tokens=4)
+    with pytest.raises(ValueError, match=r"ToMe: valid has shape \(3, 20\); it must be \(3, 21\)"):
+        tome(PATCHES, METRIC, tokens=4, valid_BP=np.ones((3, 20), bool))
     with pytest.raises(ValueError, match=r"cannot remove 11; it must be 0 \.\. 10"):
         merge_step(bipartite.begin(jnp.asarray(PATCHES)), METRIC, removed=11)
     with pytest.raises(ValueError, match="at most 8; use more blocks or more tokens"):

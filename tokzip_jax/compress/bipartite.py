@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.greedy import places
 from tokzip_jax.types import Array, VisualTokens
 
 ORDERS = ("raster", "index", "score")
@@ -122,6 +123,103 @@ def pair(
     slot_BE = jnp.where(away_BE, jnp.take_along_axis(odd_slot_BO, into_BE, axis=1), stay_slot_BE)
     slot_BT = jnp.zeros((batch, length), jnp.int32).at[:, ::2].set(slot_BE).at[:, 1::2].set(odd_slot_BO)
     return Pairs(away_BR, jnp.take_along_axis(into_BE, away_BR, axis=1), stay_BU, order_BM, slot_BT)
+
+
+def pair_valid(
+    metric_BTH: Array, count_B1: Array, removed_B1: Array, left: int, *, protected: bool = False, order: str = "index"
+) -> Pairs:
+    """`pair` for pictures that differ in how many tokens they have: the first ones, behind which padding stands.
+
+    Args:
+        metric_BTH: [B, T, H] what similarity is measured on.
+        count_B1: [B, 1] int32, 0 .. T, how many tokens exist.
+        removed_B1: [B, 1] int32, how many of them merge away, 0 .. (count - protected) // 2.
+        left: M, how many slots to return: at least count - removed of every picture, at least T / 2.
+        protected: the first token stays as it is.
+        order: "raster" or "score", see `pair`; a picture in which nothing merges keeps its order.
+
+    Returns:
+        The pairs: first the tokens that are left of those that exist, then as much padding as there is room for.
+    """
+    batch, length, _ = metric_BTH.shape
+    exists_BT = jnp.arange(length)[None] < count_B1
+    metric_BTH = lax.stop_gradient(metric_BTH)
+    cosine_BEO = jnp.where(exists_BT[:, None, 1::2], ops.cosine(metric_BTH[:, ::2], metric_BTH[:, 1::2]), -jnp.inf)
+    best_BE = jnp.where(exists_BT[:, ::2], jnp.max(cosine_BEO, axis=2), -jnp.inf)
+    into_BE = jnp.argmax(cosine_BEO, axis=2).astype(jnp.int32)
+    if protected:
+        best_BE = best_BE.at[:, 0].set(-jnp.inf)
+    # Padding ranks behind all even tokens that exist: what is removed is never more than those of them that may go.
+    by_score = jnp.argsort(-best_BE, axis=1, stable=True).astype(jnp.int32)
+    rank_BE = jnp.argsort(by_score, axis=1).astype(jnp.int32)
+    away_BE = rank_BE < removed_B1
+    evens = rank_BE.shape[1]
+    place_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    key_BT = place_BT
+    if order == "score":
+        key_BT = key_BT.at[:, ::2].set(rank_BE).at[:, 1::2].set(evens + place_BT[:, 1::2] // 2)
+        key_BT = jnp.where(removed_B1 == 0, place_BT, key_BT)
+    key_BT = jnp.where(exists_BT, key_BT, length + place_BT)
+    key_BT = key_BT.at[:, ::2].set(jnp.where(away_BE, 3 * length, key_BT[:, ::2]))
+    by_key = jnp.argsort(key_BT, axis=1, stable=True).astype(jnp.int32)
+    slot_BT = jnp.argsort(by_key, axis=1).astype(jnp.int32)
+    joined_BE = jnp.take_along_axis(slot_BT[:, 1::2], into_BE, axis=1)
+    slot_BT = slot_BT.at[:, ::2].set(jnp.where(away_BE, joined_BE, slot_BT[:, ::2]))
+    away_BR = by_score[:, : length - left]
+    into_BR = jnp.where(
+        jnp.take_along_axis(away_BE, away_BR, axis=1), jnp.take_along_axis(into_BE, away_BR, axis=1), -1
+    )
+    return Pairs(
+        away_BR=away_BR,
+        into_BR=into_BR,
+        stay_BU=place_BT[:, :evens],  # all of them, for `order_BM` chooses among them
+        order_BM=(by_key // 2 + evens * (by_key % 2))[:, :left],
+        slot_BT=jnp.minimum(slot_BT, left - 1),
+    )
+
+
+def reduce_valid(
+    patches_BPD: Array, metric_BPH: Array, valid_BP: Array, tokens: int, *, spare: bool, protected: bool, order: str
+) -> VisualTokens:
+    """Merge the valid patches of each picture to at most `tokens`, in steps of up to a half, as if they were alone.
+
+    Args:
+        patches_BPD: [B, P, D] features; what stands in the padding is not read.
+        metric_BPH: [B, P, H] what similarity is measured on; averaged between two steps as the features are.
+        valid_BP: [B, P] bool.
+        tokens: M, 1 .. P; with `spare` 2 .. P.
+        spare: a step removes up to (t - 1) // 2 of t tokens; else up to t // 2.
+        protected: the first valid patch never leaves; only with `spare`.
+        order: "raster" or "score", see `pair`.
+
+    Returns:
+        `VisualTokens` with tokens in float32, empty slots at the end; a picture that has no more than `tokens` valid
+        patches keeps them all, in raster order.
+    """
+    patches = valid_BP.shape[1]
+    count_B1 = jnp.sum(valid_BP, axis=1, keepdims=True, dtype=jnp.int32)
+    # Even and odd places are those among the valid patches: these go to the front first.
+    front_BP, filled_BP = places(valid_BP, patches)
+    x_BPD, metric = (
+        jnp.where(filled_BP[:, :, None], ops.gather(x, front_BP), 0)
+        for x in (patches_BPD.astype(jnp.float32), metric_BPH)
+    )
+    state, length = begin(x_BPD), patches
+    # With fewer patches every step leaves fewer or as many: the steps that all patches need are enough for any picture.
+    while length > tokens:
+        left = max(length - most(length, protected=spare), tokens)
+        removed_B1 = jnp.maximum(jnp.minimum((count_B1 - int(spare)) // 2, count_B1 - tokens), 0)
+        pairs = pair_valid(metric, count_B1, removed_B1, left, protected=protected, order=order)
+        metric = mean(pairs, metric, state.size_BT)
+        state, count_B1, length = merge(state, pairs), count_B1 - removed_B1, left
+    valid_BM = jnp.arange(tokens)[None] < count_B1
+    return VisualTokens(
+        tokens_BMD=jnp.where(valid_BM[:, :, None], state.x_BTD, 0.0),
+        valid_BM=valid_BM,
+        position_BM=jnp.where(valid_BM, jnp.take_along_axis(front_BP, state.place_BT, axis=1), -1),
+        size_BM=jnp.where(valid_BM, state.size_BT, 0),
+        source_BP=jnp.where(valid_BP, jnp.take_along_axis(state.slot_BS, ops.rank(valid_BP), axis=1), -1),
+    )
 
 
 def add_up(pairs: Pairs, x_BTC: Array) -> Array:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from tokzip_jax.compress import bipartite
 from tokzip_jax.compress.bipartite import Between, Merged
 from tokzip_jax.compress.entry import Ask, Encoder, Plan, Tower, option
+from tokzip_jax.compress.greedy import check_shape
 from tokzip_jax.compress.tome import inside
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
@@ -109,7 +110,13 @@ def between(patches: int, tokens: int, block: int, *, penalty: float = PENALTY) 
 
 @functools.partial(jax.jit, static_argnames=("tokens", "scale", "protect"))
 def folder(
-    patches_BPD: Array, metric_BPH: Array | None = None, *, tokens: int, scale: str = "official", protect: bool = True
+    patches_BPD: Array,
+    metric_BPH: Array | None = None,
+    *,
+    tokens: int,
+    scale: str = "official",
+    protect: bool = True,
+    valid_BP: Array | None = None,
 ) -> VisualTokens:
     """The simple form, on finished features.
 
@@ -119,10 +126,12 @@ def folder(
         tokens: 2 .. P (1 for a single patch).
         scale: "official", "always" or "none", see the module.
         protect: the first token stays as it is.
+        valid_BP: [B, P] bool, see `greedy`: even, odd and first are places among the valid patches, and each picture
+            takes the folds, and the scale, that its own number of them needs; None: all.
 
     Returns:
-        `VisualTokens` with M = tokens, all valid, in raster order; a token stands at the place of the patch that the
-        others were merged into. Sizes sum to P.
+        `VisualTokens` with M = tokens in raster order; a token stands at the place of the patch that the others were
+        merged into. Sizes sum to P, or the number of valid patches.
 
     Raises:
         ValueError: budget out of range, unknown scale, or shapes that do not fit.
@@ -134,6 +143,13 @@ def folder(
     metric = patches_BPD if metric_BPH is None else metric_BPH
     if metric.shape[:2] != patches_BPD.shape[:2]:
         raise ValueError(f"FOLDER: metric of shape {metric.shape} does not fit patches {patches_BPD.shape}")
+    if valid_BP is not None:
+        check_shape("FOLDER", "valid", valid_BP.shape, patches_BPD.shape[:2])
+        result = bipartite.reduce_valid(
+            patches_BPD, metric, valid_BP, tokens, spare=True, protected=protect, order="raster"
+        )
+        factor = _valid_factor(result.size_BM, valid_BP, tokens, scale)
+        return dataclasses.replace(result, tokens_BMD=(result.tokens_BMD * factor).astype(patches_BPD.dtype))
     state, counts = bipartite.begin(patches_BPD.astype(jnp.float32)), folds(patches, patches - tokens)
     for count in counts:
         pairs = bipartite.pair(metric, count, protected=protect, order="raster")
@@ -146,6 +162,19 @@ def folder(
     else:
         factor = 1.0
     return dataclasses.replace(result, tokens_BMD=(result.tokens_BMD * factor).astype(patches_BPD.dtype))
+
+
+def _valid_factor(size_BM: Array, valid_BP: Array, tokens: int, scale: str) -> Array | float:
+    """What tokens are multiplied by, [B, M, 1] float32; the released exception goes by a picture's own folds."""
+    if scale == "none":
+        return 1.0
+    factor_BM = 1.0 + jnp.log(jnp.maximum(size_BM, 1).astype(jnp.float32))
+    if scale == "official":
+        count_B1 = jnp.sum(valid_BP, axis=1, keepdims=True, dtype=jnp.int32)
+        removed_B1 = count_B1 - tokens
+        one_fold_B1 = (removed_B1 > 0) & (removed_B1 <= (count_B1 - 1) // 2)
+        factor_BM = jnp.where(one_fold_B1 & (removed_B1 >= tokens // 2), 1.0, factor_BM)
+    return factor_BM[:, :, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

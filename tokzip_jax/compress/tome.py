@@ -19,6 +19,7 @@ import numpy as np
 from tokzip_jax.compress import bipartite
 from tokzip_jax.compress.bipartite import Between, Merged
 from tokzip_jax.compress.entry import Ask, Encoder, NoOptions, Plan, Tower, option
+from tokzip_jax.compress.greedy import check_shape
 from tokzip_jax.compress.select import everything
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
@@ -101,7 +102,7 @@ def merged(tokens_BMD: Array, position_BM: Array, size_BM: Array, source_BP: Arr
 
 
 @functools.partial(jax.jit, static_argnames="tokens")
-def tome(patches_BPD: Array, metric_BPH: Array, *, tokens: int) -> VisualTokens:
+def tome(patches_BPD: Array, metric_BPH: Array, *, tokens: int, valid_BP: Array | None = None) -> VisualTokens:
     """Merge finished features to `tokens`, in steps of at most a half.
 
     Not in the paper, which merges in every block with that block's keys; for towers that cannot be opened. Between two
@@ -111,10 +112,12 @@ def tome(patches_BPD: Array, metric_BPH: Array, *, tokens: int) -> VisualTokens:
         patches_BPD: [B, P, D] features, no CLS token.
         metric_BPH: [B, P, H] what similarity is measured on, such as keys.
         tokens: 1 .. P.
+        valid_BP: [B, P] bool, see `greedy`: even and odd are places among the valid patches, and each picture takes the
+            steps that its own number of them needs; None: all.
 
     Returns:
-        `VisualTokens` with M = tokens, all valid, in ToMe's own order (not raster); a token stands at the place of the
-        patch that the others were merged into. Sizes sum to P.
+        `VisualTokens` with M = tokens in ToMe's own order (not raster, but where nothing had to merge); a token stands
+        at the place of the patch that the others were merged into. Sizes sum to P, or the number of valid patches.
 
     Raises:
         ValueError: budget out of range, or shapes that do not fit.
@@ -122,6 +125,12 @@ def tome(patches_BPD: Array, metric_BPH: Array, *, tokens: int) -> VisualTokens:
     check_budget(patches_BPD.shape[1], tokens)
     if metric_BPH.shape[:2] != patches_BPD.shape[:2]:
         raise ValueError(f"ToMe: metric of shape {metric_BPH.shape} does not fit patches {patches_BPD.shape}")
+    if valid_BP is not None:
+        check_shape("ToMe", "valid", valid_BP.shape, patches_BPD.shape[:2])
+        result = bipartite.reduce_valid(
+            patches_BPD, metric_BPH, valid_BP, tokens, spare=False, protected=False, order="score"
+        )
+        return dataclasses.replace(result, tokens_BMD=result.tokens_BMD.astype(patches_BPD.dtype))
     state, metric = bipartite.begin(patches_BPD.astype(jnp.float32)), metric_BPH
     while state.x_BTD.shape[1] > tokens:
         length = state.x_BTD.shape[1]
