@@ -224,7 +224,6 @@ def test_a_shared_count_couples_pictures():
         (prumerge_plus, {"tokens": 12, "count": "fixed"}),
         (prumerge_plus, {"tokens": 13, "count": "fixed", "merge": "paper", "repeats": "none"}),
     ],
-    ids=str,
 )
 def test_a_picture_with_padding_is_the_smaller_picture(layout, function, options):
     valid = padded.masks((27, 14, 21), 30, layout)
@@ -241,7 +240,6 @@ def test_a_picture_with_padding_is_the_smaller_picture(layout, function, options
         (prumerge_plus, {"count": "fixed", "repeats": "none"}),
         (prumerge_plus, {}),
     ],
-    ids=str,
 )
 def test_fewer_patches_than_tokens_have_as_many_centres(function, options):
     valid, further = padded.masks((13, 6, 9), 30, "scattered"), int("merge" not in options)
