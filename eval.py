@@ -34,6 +34,13 @@ from tokzip_jax.evals.runner import Runner
 from tokzip_jax.metrics import say
 from tokzip_jax.workdir import FREE, Workdir
 
+WITH_METHODS = {  # what an option of sweeps is about
+    "second_turn": "whose second turn is measured",
+    "bf16": "whose choices are compared",
+    "held_out": "whose trainings leave pictures out",
+    "steps": "whose trainings are that long",
+}
+
 
 def run(
     workdir: Workdir,
@@ -69,15 +76,9 @@ def run(
             rows, or what `entry.start`, `sweep.plan`, `learned_run.check` and the rows raise.
         FileNotFoundError: no run, or no checkpoint.
     """
-    why = {
-        "second_turn": (second_turn, "whose second turn is measured"),
-        "bf16": (bf16, "whose choices are compared"),
-        "held_out": (held_out, "whose trainings leave pictures out"),
-        "steps": (steps, "whose trainings are that long"),
-    }
-    for name, (given, what) in why.items():
-        if given and not methods:
-            raise ValueError(f"--{name} needs --methods, {what}")
+    given = {"second_turn": second_turn, "bf16": bf16, "held_out": held_out, "steps": steps}
+    if not methods and (alone := next((name for name, value in given.items() if value), "")):
+        raise ValueError(f"--{alone} needs --methods, {WITH_METHODS[alone]}")
     if methods and (checkpoint or rows):
         raise ValueError(
             "--methods measures a run's own checkpoints at every budget: give neither --checkpoint nor --rows"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import checkpoint, publish, sharding, training
+from tokzip_jax import checkpoint, environment, publish, recipe, sharding, training
 from tokzip_jax.config import OptimConfig
 from tokzip_jax.metrics import MetricWriter
 from tokzip_jax.paths import flatten
@@ -31,6 +31,7 @@ def run(one_device, tmp_path_factory):
     )
     workdir = Workdir(folder / "run")
     workdir.open(cfg)
+    workdir.append_json("environment.json", environment.describe(0))
     with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)), MetricWriter(workdir.root) as writer:
         for name in stages:
             training.train_stage(cfg, name, mesh, workdir, writer)
@@ -46,6 +47,8 @@ def test_the_work_goes_on_from_what_was_published(run, tmp_path):
         archive.extractall(other.root, filter="data")
     assert names == sorted(path.relative_to(other.root).as_posix() for path in other.root.rglob("*") if path.is_file())
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["run.tar.gz"]
+    [was], [told] = (json.loads((where.root / "environment.json").read_text()) for where in (workdir, other))
+    assert told == {key: value for key, value in was.items() if key != "command"} and "command" in was
     # Both stages count as trained; one has parameters, the same ones, and nothing of its optimiser.
     assert [checkpoint.finished(other.checkpoints(name)) for name in cfg.stages] == [1, 1]
     first, second = (flatten(checkpoint.read_params(where.checkpoints("base"))) for where in (workdir, other))
@@ -61,6 +64,18 @@ def test_the_work_goes_on_from_what_was_published(run, tmp_path):
     (other.eval / "summary.json").unlink()
     evaluate.run(other, again=True)
     assert json.loads((other.eval / "summary.json").read_text()) == kept
+
+
+def test_the_published_base_model_is_that_of_the_study(tmp_path):
+    """`docs/results/scenes/base.tar.gz`: a workdir that `configs/scenes.py` goes on in, its base model trained."""
+    with tarfile.open(small_run.ROOT / "docs" / "results" / "scenes" / "base.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    workdir, cfg = Workdir(tmp_path), small_run.load_file(small_run.ROOT / "configs" / "scenes.py").run_config()
+    workdir.open(cfg)  # refuses another config
+    assert [checkpoint.finished(workdir.checkpoints(name)) for name in ("clip", "base")] == [600, 7000]
+    shapes = recipe.shapes(cfg, "mlp2x_gelu", cfg.stages["base"].lora)
+    assert checkpoint.absent(workdir.checkpoints("base"), shapes) == []
+    assert workdir.load_tokenizer(cfg.data).get_vocab_size() <= cfg.model.llm.vocab_size
 
 
 def test_what_is_refused(run, tmp_path):

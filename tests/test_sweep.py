@@ -120,6 +120,12 @@ def test_what_is_refused(asked, budgets, words, tmp_path):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("option", [{"steps": 3}, {"held_out": 2}, {"bf16": True}, {"second_turn": True}])
+def test_options_of_sweeps_need_methods(option, tmp_path):
+    with pytest.raises(ValueError, match=f"--{next(iter(option))} needs --methods, whose "):
+        evaluate.run(Workdir(tmp_path), **option)
+
+
 def test_rates_of_a_run_without_a_study_are_searched_where_a_split_can_choose(tmp_path):
     cfg = small_run.tiny(str(tmp_path))
     held = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, held_out=4))

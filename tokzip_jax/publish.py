@@ -64,7 +64,11 @@ def _copy(source: pathlib.Path, target: pathlib.Path, stages: Sequence[str]) -> 
     found += [path for pattern in RESULTS for path in (source / "eval").rglob(pattern)]
     found += (source / "checkpoints").glob(f"*/{checkpoint.FINAL}")
     for path in found:
-        write_atomically(target / path.relative_to(source), path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.name == "environment.json":  # what it ran on, without the directories of whoever ran it
+            entries = [{key: value for key, value in entry.items() if key != "command"} for entry in json.loads(text)]
+            text = json.dumps(entries, indent=2) + "\n"
+        write_atomically(target / path.relative_to(source), text)
     for stage in stages:
         place = source / "checkpoints" / stage
         step = json.loads((place / checkpoint.FINAL).read_text(encoding="utf-8"))["step"]
