@@ -56,7 +56,7 @@ def test_the_work_goes_on_from_what_was_published(run, tmp_path):
     assert checkpoint.read_info(other.checkpoints("base")) == checkpoint.read_info(workdir.checkpoints("base"))
     assert len(checkpoint.stored_paths(other.checkpoints("base"))) == len(first)
     assert not any("opt_state" in path.read_text(errors="replace") for path in other.root.rglob("_METADATA"))
-    with pytest.raises(FileNotFoundError, match="neither one itself nor holds a complete step"):
+    with pytest.raises(FileNotFoundError, match="trained to its end, but its parameters are not there"):
         checkpoint.read_params(other.checkpoints("pooled"))
     # The table is there, and comes out the same when it is measured again.
     kept = json.loads((workdir.eval / "summary.json").read_text())

@@ -187,6 +187,11 @@ def _resolve(path: str) -> epath.Path:
     steps = [child for child in root.iterdir() if child.name.isdigit() and _complete(child)]
     if not steps and _complete(root):
         return root
+    if not steps and (root / FINAL).exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {root}: it was trained to its end, but its parameters are not there (of a published run "
+            "only those of chosen stages go along); remove the directory to have it trained again"
+        )
     if not steps:
         raise FileNotFoundError(f"no checkpoint at {root}: it is neither one itself nor holds a complete step")
     return max(steps, key=lambda child: int(child.name))
