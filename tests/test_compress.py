@@ -25,6 +25,7 @@ from tokzip_jax.compress import (
     uniform,
     visionzip,
 )
+from tokzip_jax.compress.select import grid_places
 from tokzip_jax.types import VisionFeatures
 
 PATCHES = np.random.default_rng(0).standard_normal((3, 36, 4)).astype(np.float32)
@@ -167,6 +168,41 @@ def test_selections_in_raster_order(tokens):
 def test_uniform_is_the_same_even_spread_for_all():
     result = uniform(PATCHES, tokens=9)
     np.testing.assert_array_equal(result.position_BM, np.tile(np.arange(2, 36, 4), (3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens", "places"),
+    [
+        ((6, 6), 4, [(1, 1), (1, 4), (4, 1), (4, 4)]),
+        ((6, 6), 9, [(y, x) for y in (1, 3, 5) for x in (1, 3, 5)]),
+        ((6, 6), 1, [(3, 3)]),
+        ((6, 6), 5, [(1, 1), (1, 4), (4, 1), (4, 3), (4, 5)]),
+        ((4, 9), 6, [(1, 1), (1, 4), (1, 7), (3, 1), (3, 4), (3, 7)]),
+        ((9, 4), 1, [(4, 2)]),
+        ((36, 1), 3, [(6, 0), (18, 0), (30, 0)]),
+    ],
+)
+def test_uniform_on_a_grid_is_a_smaller_grid(grid, tokens, places):
+    result = uniform(PATCHES, tokens=tokens, grid=grid)
+    assert_selection(result, PATCHES, tokens)
+    found = [divmod(int(place), grid[1]) for place in result.position_BM[0]]
+    assert found == places
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (4, 9), (12, 3), (1, 36)])
+def test_uniform_meets_every_budget_on_every_grid(grid):
+    for tokens in range(1, 37):
+        places = grid_places(*grid, tokens)
+        assert len(places) == tokens and np.all(np.diff(places) > 0) and places[0] >= 0 and places[-1] < 36
+        lines, counts = np.unique(places // grid[1], return_counts=True)
+        assert np.ptp(counts) <= 1 and (len(lines) < 3 or np.ptp(np.diff(lines)) <= 1)
+
+
+def test_uniform_refuses_a_grid_that_is_none():
+    with pytest.raises(ValueError, match="uniform: a grid of 5 x 7 is not one of 36 patches"):
+        uniform(PATCHES, tokens=4, grid=(5, 7))
+    with pytest.raises(ValueError, match="uniform: give grid or valid, not both"):
+        uniform(PATCHES, tokens=4, grid=(6, 6), valid_BP=np.ones((3, 36), bool))
 
 
 def test_random_depends_on_key_and_row_alone():

@@ -5,13 +5,15 @@ import json
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import agreement, second_turn, sharding, step, sweep, sweep_run, sweep_times, training
+from tokzip_jax import agreement, second_turn, sharding, step, sweep, sweep_report, sweep_run, sweep_times, training
 from tokzip_jax.config import AutoConfig, MeshConfig, MethodConfig, OptimConfig
 from tokzip_jax.data import sources
 from tokzip_jax.evals import table
@@ -241,6 +243,24 @@ def test_a_second_call_measures_nothing(run, monkeypatch):
     assert {path: path.read_bytes() for path in workdir.eval.rglob("*.json")} == before
 
 
+def test_a_piece_of_a_sweep_renews_what_it_shares_with_others(run, monkeypatch):
+    """Rows of earlier pieces: their times where they share a program, and their panels in the figure."""
+    _, workdir = run
+    path, drawn = workdir.eval / "methods" / "prefill.json", []
+    before = path.read_text()
+    kept = json.loads(before)
+    path.write_text(json.dumps({**kept, "programs": kept["programs"] | {"1 tokens": 123.0, "3 tokens": 321.0}}))
+    monkeypatch.setattr(sweep_report.plots, "kept_tokens_figure", lambda *given: drawn.append(given))
+    evaluate.run(workdir, methods=("downsample",), budgets=(1,))
+    table_of = {row["method"]: row for row in json.loads((workdir.eval / "methods" / "summary.json").read_text())}
+    path.write_text(before)
+    found = {name: table_of[name]["prefill_ms"] for name in ("downsample 1", "cls_attention 1", "cls_attention 3")}
+    assert found == {"downsample 1": 123.0, "cls_attention 1": 123.0, "cls_attention 3": 321.0}
+    [(pictures, panels, to)] = drawn
+    assert to.name == "methods_kept.png" and pictures.shape == (2, 64, 64, 3)
+    assert [[panel.title for panel in column] for column in panels] == [["downsample", "cls_attention", "cdpruner"]] * 2
+
+
 def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
     """Out of its table, with the time of a question read from the cache; one that picks its number has none."""
     cfg, workdir = run
@@ -266,8 +286,9 @@ def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
     times = {row.method: row.prefill_ms for row in found}
     assert times["lower"] is None and times["k=auto"] is None and times["VoCo 2"] > 0
     kept = json.loads((other.eval / "methods" / "prefill.json").read_text())
-    assert set(kept) == {"2 VoCo tokens, voco", "3 tokens", "16 tokens"}
-    assert kept["2 VoCo tokens, voco"] == times["VoCo 2"]
+    programs = {"VoCo 2": "2 VoCo tokens, voco", "cls_attention 3": "3 tokens", "upper": "16 tokens"}
+    assert kept["rows"] == programs and set(kept["programs"]) == set(programs.values())
+    assert kept["programs"]["2 VoCo tokens, voco"] == times["VoCo 2"]
     assert found[4].accuracy == 0.75 and found[4].accuracy_equal_time is None
 
 
@@ -368,9 +389,17 @@ def test_parameters_of_one_stage_are_loaded_once(run, monkeypatch):
 
 def test_every_question_counts_once_by_its_type(run, monkeypatch):
     line, runner, params = opened(run, "random 3")
-    monkeypatch.setattr(SharedRunner, "encode", lambda *_: None)
+
+    def encode(self, params, method, batch, key):
+        return SimpleNamespace(valid_BM=jnp.arange(3) <= batch["example"][:, None] % 2)  # one slot is filled, or two
+
+    monkeypatch.setattr(SharedRunner, "encode", encode)
     monkeypatch.setattr(SharedRunner, "read", lambda self, params, method, batch, visual: batch["question"] % 2 == 0)
     score, _ = runner.score(params, line.row.method, 0)
+    numbers = [number for number, text in enumerate(runner.examples) for _ in text["types"]]
+    assert score.filled == np.mean([1 + number % 2 for number in numbers]) and len(set(numbers)) == 4
+    note = f"{score.filled:.4g} of 3 slots are filled on average"
+    assert runner.measure(line.name, line.row).note == note
     kinds = [(kind, number % 2 == 0) for text in runner.examples for number, kind in enumerate(text["types"])]
     assert len(kinds) == 8 and score.accuracy == np.mean([right for _, right in kinds])
     for name in {kind for kind, _ in kinds}:
@@ -408,10 +437,12 @@ def test_bfloat16_keeps_nearly_the_same_places(run, monkeypatch, tmp_path):
     """All of them where chance chooses; most where scores do; all again where the other model is no other."""
     cfg, workdir = run
     lines, _ = sweep.plan(cfg, ["random", "cls_attention", "cdpruner", "fastv"], (3,))
+    lines += sweep.plan(cfg, ["visionzip"], (1,))[0]  # the CLS token, which stands at no place
     with jax.set_mesh(mesh := sharding.make_mesh(cfg.mesh)):
         work = sweep_run.Sweep.create(cfg, workdir, mesh, lines)
         found = agreement.measure_all(work, tmp_path)
         values = {name: columns["bf16_agreement"] for name, columns in found.items()}
+        assert values.pop("visionzip 1") is None
         assert set(values) == {"random 3", "cls_attention 3", "cdpruner 3"} and values["random 3"] == 1
         assert all(0.5 < value <= 1 for value in values.values())
         line = next(line for line in lines if line.method == "cdpruner")

@@ -37,10 +37,11 @@ def places(tokens: VisualTokens) -> list[set[int]]:
     return [set(row[real & (row >= 0)].tolist()) for row, real in zip(position, valid)]
 
 
-def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float:
+def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float | None:
     """Which share of the places that a method keeps by one runner it keeps by the other one, the mean over pictures.
 
-    Both read the pictures of the same batches; of a method that reads the question each row counts.
+    Both read the pictures of the same batches; of a method that reads the question each row counts. None where no
+    token stands for a place of a picture, say where the CLS token alone is kept.
     """
     shares, method = [], line.row.method
     for batch in runner.rows():
@@ -50,10 +51,10 @@ def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float:
             found.append(places(jax.device_get(sharding.replicated(each.mesh, tokens))))
         pairs = [pair for pair, example in zip(zip(*found), batch["example"]) if example >= 0 and pair[0]]
         shares += [len(own & others) / len(own) for own, others in pairs]
-    return float(np.mean(shares))
+    return float(np.mean(shares)) if shares else None
 
 
-def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float]]:
+def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float | None]]:
     """The column of every encoder-site line, {name: {"bf16_agreement": ...}}; what was measured is kept in
     `bf16.json`."""
     path = folder / "bf16.json"
@@ -70,7 +71,8 @@ def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float]]
         model = dataclasses.replace(runner.cfg.model, dtype="bfloat16")
         half = dataclasses.replace(runner, cfg=dataclasses.replace(runner.cfg, model=model), memory=memory)
         known[line.name] = {"bf16_agreement": measure(line, runner, half), "row": row}
-        say(f"{line.name}, kept in bfloat16 too: {known[line.name]['bf16_agreement']:.4f}")
+        found = known[line.name]["bf16_agreement"]
+        say(f"{line.name}, kept in bfloat16 too: " + ("no places" if found is None else f"{found:.4f}"))
         if jax.process_index() == 0:
             write_atomically(path, json.dumps(known, indent=2) + "\n")
     return {line.name: {"bf16_agreement": known[line.name]["bf16_agreement"]} for line in lines}

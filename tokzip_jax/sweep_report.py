@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokzip_jax import plots, plots_sweep, sharding, sweep
+from tokzip_jax.compress.decoder import DECODER
 from tokzip_jax.config import RunConfig
-from tokzip_jax.evals import table
-from tokzip_jax.evals.shared import SharedRunner
+from tokzip_jax.evals import shared, table
+from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.sweep import Line, Refused
-from tokzip_jax.sweep_times import ROUNDS
+from tokzip_jax.sweep_times import ROUNDS, Prefills
 from tokzip_jax.workdir import Workdir, write_atomically
 
 FOLDER = "methods"  # under eval/
@@ -28,7 +29,9 @@ CAPTION = (
     "a layer: visual tokens that a layer works on, the mean of the layers; picture: FLOPs before any question (tower, "
     "projector, VoCo's stage one); decode: FLOPs of the language model for the second token of an answer.\n"
     "Decoder-site methods keep half of the visual tokens: the number in their name is what the last cut keeps, merged "
-    "tokens not counted, and `tokens` is how many enter the language model."
+    "tokens not counted, and `tokens` is how many enter the language model.\n"
+    "Methods whose number of tokens follows from the picture have fixed slots, which all costs count; a note says how "
+    "many of them are filled."
 )
 SECOND = (
     "2nd turn: accuracy on a question with the tokens that were chosen for the question before it; chosen again: with "
@@ -46,9 +49,7 @@ class Work(Protocol):
     mesh: Mesh
     lines: list[Line]
     base: SharedRunner
-
-    def runner(self, line: Line) -> SharedRunner:
-        """Of a line's model and data."""
+    prefills: Prefills
 
 
 def part(workdir: Workdir, stage: str = "") -> Workdir:
@@ -67,7 +68,10 @@ def write(work: Work, rows: list[table.RowResult], refused: list[Refused]) -> li
         rest = [row for row in merged if row not in first]
         rest = sorted(rest, key=lambda row: (names.index(row.method.split()[0]), int(row.method.split()[1])))
         bounds = {"upper": work.cfg.eval.upper, "lower": work.cfg.eval.lower}
-        merged = table.with_bounds([*first, *rest], **bounds)
+        # Rows of earlier sweeps may share a program with one that was timed since.
+        times = work.prefills.known()
+        merged = [dataclasses.replace(row, prefill_ms=times.get(row.method, row.prefill_ms)) for row in (*first, *rest)]
+        merged = table.with_bounds(merged, **bounds)
         asked = {(line.method, line.tokens) for line in refused} | {(line.method, line.tokens) for line in work.lines}
         old = [line for line in _read(folder / "refused.json") if (line["method"], line["tokens"]) not in asked]
         if jax.process_index() == 0:
@@ -93,24 +97,40 @@ def caption(work: Work, rows: list[table.RowResult]) -> str:
 
 
 def draw(work: Work, rows: list[table.RowResult], budgets: Sequence[int]) -> None:
-    """`figures/methods.png`, and `figures/methods_kept.png` of the selecting methods at the second largest budget."""
+    """`figures/methods.png`, and `figures/methods_kept.png` of the table's selecting methods at the second largest
+    budget."""
     figures, cfg = work.workdir.figures, work.cfg
-    budget = sorted(set(budgets))[-2:][0]
-    chosen = [line for line in work.lines if line.tokens == budget and line.row.method.encoder != "none"]
-    panels, pictures = [], cfg.eval.pictures
-    for line in chosen if pictures else []:
-        runner = work.runner(line)
-        batch = runner.rows()[0]
-        tokens = runner.encode(runner.load(line.row), line.row.method, batch, jax.random.key(line.row.method.seed))
-        panels.append((line.method, jax.device_get(sharding.replicated(work.mesh, tokens)), batch["example"]))
+    shown, budget = min(cfg.eval.pictures, KEPT_PICTURES), sorted(set(budgets))[-2:][0]
+    named = {row.method for row in rows}
+    free = [name for name in sweep.free_names() if name not in DECODER and f"{name} {budget}" in named]
+    drawn = _kept(work, free, budget, shown) if free and shown else None
     if jax.process_index() != 0:
         return
     bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
     plots_sweep.flops_figure(rows, figures / "methods.png", lines=bounds)
-    if panels:
-        shown = range(min(pictures, KEPT_PICTURES, len(work.base.memory.images), len(set(panels[0][2]))))
-        columns = [
-            [plots.kept_panel(name, tokens, int(np.argmax(examples == example))) for name, tokens, examples in panels]
-            for example in shown
-        ]
-        plots.kept_tokens_figure(work.base.memory.images[list(shown), 0], columns, figures / "methods_kept.png")
+    if drawn:
+        plots.kept_tokens_figure(*drawn, figures / "methods_kept.png")
+
+
+def _kept(work: Work, names: list[str], budget: int, pictures: int) -> tuple[np.ndarray, list[list[plots.KeptPanel]]]:
+    """The first pictures of the split, [N, H, W, 3], and of each a panel for every training-free method.
+
+    They are looked at anew, and they alone: what the table's methods read of the tower, those of the sweep may not.
+    """
+    cfg = dataclasses.replace(work.cfg, eval=dataclasses.replace(work.cfg.eval, limit=pictures))
+    lines, _ = sweep.plan(cfg, names, (budget,))
+    signals = set().union(*(shared.tower_signals(line.model, line.row.method) for line in lines))
+    opened = SharedRunner.create(cfg, work.workdir, work.mesh)
+    base = dataclasses.replace(opened, memory=Memory(tuple(sorted(signals))))
+    panels: list[list[plots.KeptPanel]] = [[] for _ in base.examples]
+    for line in lines:
+        runner, method = dataclasses.replace(base, cfg=sweep.run_config(cfg, [line])), line.row.method
+        params, seen = runner.load(line.row), set()
+        for batch in runner.rows():
+            tokens = runner.encode(params, method, batch, jax.random.key(method.seed))
+            tokens = jax.device_get(sharding.replicated(work.mesh, tokens))
+            for row, example in enumerate(batch["example"]):
+                if example >= 0 and example not in seen:  # of several questions the first one
+                    seen.add(example)
+                    panels[example].append(plots.kept_panel(line.method, tokens, row))
+    return base.memory.images[:, 0], panels

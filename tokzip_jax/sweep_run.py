@@ -147,16 +147,15 @@ class Sweep:
     def in_order(self, done: dict[str, table.RowResult]) -> list[table.RowResult]:
         """Bounds and rows with their ratios and prefill times."""
         cfg = self.cfg
-        upper = cfg.rows[cfg.eval.upper].method
         lines = {line.name: line for line in self.lines if line.name in done}
         bounds, own = [list(map(self._costed, rows)) for rows in (self.bounds(), self.own())]
         # What a question that picks its own number of tokens takes is no single time.
         untimed = [*bounds[:-1], *(row for row in own if cfg.rows[row.method].auto.ladder)]
         own = [row for row in own if row not in untimed]
-        methods = [(cfg.model, upper), *((cfg.model, cfg.rows[row.method].method) for row in own)]
-        times = self.prefills.milliseconds([*methods, *((line.model, line.row.method) for line in lines.values())])
         rows = [bounds[-1], *own, *(self._costed(done[name], line) for name, line in lines.items())]
-        rows = [dataclasses.replace(row, prefill_ms=ms) for row, ms in zip(rows, times, strict=True)]
+        read = {row.method: (cfg.model, cfg.rows[row.method].method) for row in (bounds[-1], *own)}
+        times = self.prefills.milliseconds(read | {name: (line.model, line.row.method) for name, line in lines.items()})
+        rows = [dataclasses.replace(row, prefill_ms=times[row.method]) for row in rows]
         return table.with_bounds([*untimed, *rows], upper=cfg.eval.upper, lower=cfg.eval.lower)
 
     def _costed(self, row: table.RowResult, line: Line | None = None) -> table.RowResult:

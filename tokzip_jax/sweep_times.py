@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,21 +42,41 @@ class Prefills:
     again: bool = False
     timed: set[str] = dataclasses.field(default_factory=set)
 
-    def milliseconds(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
-        """Milliseconds a question, the median of runs in turns; kept in the workdir, measured where one is missing."""
+    @property
+    def path(self) -> pathlib.Path:
+        """Where the times are kept: of the programs, and which program reads which row."""
+        return self.workdir.eval / "prefill.json"
+
+    def known(self) -> dict[str, float]:
+        """Milliseconds of the rows that were asked for so far in this workdir, by name."""
+        kept = self._kept()
+        return {row: kept["programs"][program] for row, program in kept["rows"].items()}
+
+    def milliseconds(self, methods: Mapping[str, tuple[ModelConfig, MethodConfig]]) -> dict[str, float]:
+        """Milliseconds a question, the median of runs in turns; kept in the workdir. Where one is missing, all that are
+        asked for are measured, so that they compare.
+
+        Args:
+            methods: name of a row -> the model that it is read with, and how.
+        """
         with self.workdir.hold("times of prefills"):
             return self._milliseconds(methods)
 
-    def _milliseconds(self, methods: Sequence[tuple[ModelConfig, MethodConfig]]) -> list[float]:
-        path = self.workdir.eval / "prefill.json"
-        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        wanted = {_program(model, method): method for model, method in methods}
-        if any(name not in kept or (self.again and name not in self.timed) for name in wanted):
-            kept |= self._time(wanted)
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        return {name: found.get(name, {}) for name in ("programs", "rows")}
+
+    def _milliseconds(self, methods: Mapping[str, tuple[ModelConfig, MethodConfig]]) -> dict[str, float]:
+        kept = self._kept()
+        rows = {row: _program(model, method) for row, (model, method) in methods.items()}
+        wanted = {rows[row]: method for row, (_, method) in methods.items()}
+        missing = [name for name in wanted if name not in kept["programs"] or (self.again and name not in self.timed)]
+        if missing:
+            kept["programs"] |= self._time(wanted)
             self.timed.update(wanted)
-            if jax.process_index() == 0:
-                write_atomically(path, json.dumps(kept, indent=2) + "\n")
-        return [kept[_program(model, method)] for model, method in methods]
+        if (missing or not rows.items() <= kept["rows"].items()) and jax.process_index() == 0:
+            write_atomically(self.path, json.dumps({**kept, "rows": kept["rows"] | rows}, indent=2) + "\n")
+        return {row: kept["programs"][program] for row, program in rows.items()}
 
     def _time(self, wanted: dict[str, MethodConfig]) -> dict[str, float]:
         say(f"timing {len(wanted)} prefills")

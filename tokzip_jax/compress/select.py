@@ -1,6 +1,7 @@
 """Selection that looks at nothing: the baselines that every clever rule has to beat."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,26 +55,46 @@ def random(patches_BPD: Array, *, tokens: int, key: Array, valid_BP: Array | Non
     return best("random", patches_BPD, score_BP, valid_BP, tokens)
 
 
-@functools.partial(jax.jit, static_argnames="tokens")
-def uniform(patches_BPD: Array, *, tokens: int, valid_BP: Array | None = None) -> VisualTokens:
-    """Keep the patches in the middle of `tokens` equal parts of the raster, in raster order.
+def grid_places(rows: int, columns: int, tokens: int) -> np.ndarray:
+    """Raster indices [tokens], ascending, spread over a grid of patches: a whole number of lines at even distances, and
+    on each, at even distances, equally many places or one more. A square number on a square grid is a smaller grid.
+    """
+    lines = round(math.sqrt(tokens * rows / columns))
+    lines = min(max(lines, -(-tokens // columns), 1), rows, tokens)
+    counts = np.full(lines, tokens // lines)
+    counts[ops.evenly_spaced(lines, tokens % lines)] += 1
+    heights = ops.evenly_spaced(rows, lines)
+    return np.concatenate([y * columns + ops.evenly_spaced(columns, count) for y, count in zip(heights, counts)])
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "grid"))
+def uniform(
+    patches_BPD: Array, *, tokens: int, grid: tuple[int, int] | None = None, valid_BP: Array | None = None
+) -> VisualTokens:
+    """Keep patches at even distances, in raster order.
 
     Args:
         patches_BPD: [B, P, D].
         tokens: how many to keep, 1 .. P.
-        valid_BP: [B, P] bool, see `greedy`: the parts are of the valid patches; None: all.
+        grid: rows and columns of patches, whose product is P; see `grid_places`. None: patches are taken as one line,
+            and kept is the middle of each of `tokens` equal parts of it.
+        valid_BP: [B, P] bool, see `greedy`: the line is of the valid patches; None: all.
 
     Returns:
         `VisualTokens` with M = tokens.
 
     Raises:
-        ValueError: tokens out of range, or a mask of another shape.
+        ValueError: tokens out of range, a grid of other than P patches or beside a mask, or a mask of another shape.
     """
     batch, patches, _ = patches_BPD.shape
     check_tokens("uniform", patches, tokens)
+    if grid is not None and valid_BP is not None:
+        raise ValueError("uniform: give grid or valid, not both: valid patches need not make a grid")
+    if grid is not None and math.prod(grid) != patches:
+        raise ValueError(f"uniform: a grid of {grid[0]} x {grid[1]} is not one of {patches} patches")
     if valid_BP is None:
         chosen = np.zeros(patches, bool)
-        chosen[ops.evenly_spaced(patches, tokens)] = True
+        chosen[grid_places(*(grid or (1, patches)), tokens)] = True
         return ops.keep(patches_BPD, jnp.broadcast_to(chosen[None], (batch, patches)), tokens)
     check_shape("uniform", "valid", valid_BP.shape, (batch, patches))
     count_B1 = jnp.sum(valid_BP, axis=1, keepdims=True, dtype=jnp.int32)
@@ -127,7 +148,7 @@ def _random(features: VisionFeatures, ask: Ask) -> VisualTokens:
 
 
 def _uniform(features: VisionFeatures, ask: Ask) -> VisualTokens:
-    return uniform(features.patches_BPD, tokens=ask.tokens)
+    return uniform(features.patches_BPD, tokens=ask.tokens, grid=(ask.tower.rows, ask.tower.columns))
 
 
 def _everything(features: VisionFeatures, ask: Ask) -> VisualTokens:

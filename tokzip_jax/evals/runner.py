@@ -231,7 +231,9 @@ class Runner:
         for seed in range(row.method.seed, row.method.seed + row.seeds):
             score, read = self.score(params, row.method, seed, row.auto, row.frame_order)
             costs = self.costs(row, read)
-            results.append(dataclasses.replace(_result(name, costs, score), note=_note(row.auto)))
+            result = _result(name, costs, score)
+            notes = (_note(row.auto), result.note, _unfilled(costs, score))
+            results.append(dataclasses.replace(result, note="; ".join(filter(None, notes))))
         return table.mean_over_seeds(results)
 
     def cached(self, name: str, *, again: bool = False) -> table.RowResult:
@@ -292,6 +294,13 @@ def _note(auto: AutoConfig) -> str:
     every = " for all questions of a picture" if auto.per == "picture" else ""
     within = f"within {auto.threshold:g} ({auto.measure}) of the {auto.against}"
     return f"means; of {rungs} tokens the fewest {within}{every}"
+
+
+def _unfilled(costs: flops.Ledger, score: scoring.Score) -> str:
+    """What a row says of a method that keeps fewer tokens than its slots, which the costs count."""
+    if score.filled is None or score.filled >= costs.visual_tokens:
+        return ""
+    return f"{score.filled:.4g} of {costs.visual_tokens:g} slots are filled on average"
 
 
 def _result(name: str, costs: flops.Ledger | None, score: scoring.Score) -> table.RowResult:

@@ -20,12 +20,15 @@ class Score:
         by_type: over the questions of each type, types in alphabetical order.
         not_yes_no: over the questions whose right answer is none of `YES_NO`; None where there are none.
         questions: how many questions were counted.
+        filled: visual tokens that a question can read, the mean, where that was counted; a method that keeps fewer than
+            its budget leaves slots empty.
     """
 
     accuracy: float
     by_type: dict[str, float]
     not_yes_no: float | None
     questions: int
+    filled: float | None = None
 
 
 class Tally:

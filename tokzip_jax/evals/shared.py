@@ -238,10 +238,14 @@ class SharedRunner(Runner):
         """As in `Runner`, which also scores what has VoCo tokens, stitches tiles, or reads clips in another order."""
         if method.voco or auto.ladder or order or method.packing != "tiles":
             return super().score(params, method, seed, auto, order)
-        tally, key = scoring.Tally(), jax.random.key(seed)
+        tally, key, filled = scoring.Tally(), jax.random.key(seed), 0
         for batch in self.rows():
-            right = self.read(params, method, batch, self.encode(params, method, batch, key))
+            visual = self.encode(params, method, batch, key)
+            right = self.read(params, method, batch, visual)
+            count = np.sum(jax.device_get(sharding.replicated(self.mesh, visual.valid_BM)), axis=1)
             for row, thread in zip(*np.nonzero((batch["question"] >= 0) & (batch["example"] >= 0)[:, None])):
                 asked, question = self.examples[batch["example"][row]], batch["question"][row, thread]
                 tally.add(asked["types"][question], asked["answers"][question], bool(right[row, thread]))
-        return tally.score(), None
+                filled += int(count[row])
+        score = tally.score()
+        return dataclasses.replace(score, filled=filled / score.questions), None
