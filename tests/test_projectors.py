@@ -12,8 +12,9 @@ import pytest
 
 from tokzip_jax import config as c
 from tokzip_jax.compress import everything, uniform
+from tokzip_jax.compress.downsample import positions_matrix
 from tokzip_jax.paths import flatten
-from tokzip_jax.projectors import OPTIONS, PROJECTORS, Context, ldp, mqt
+from tokzip_jax.projectors import OPTIONS, PROJECTORS, Context, ldp
 
 CFG = c.ModelConfig(
     vit=c.VitConfig(image_size=16, patch_size=4, width=12, heads=2),
@@ -261,7 +262,7 @@ def test_bicubic_weights(source, target):
         at = (i + 0.5) * source / target - 0.5
         for tap in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
             expected[i, min(max(tap, 0), source - 1)] += cubic(at - tap)
-    np.testing.assert_allclose(mqt.bicubic(source, target), expected, atol=1e-12)
+    np.testing.assert_allclose(positions_matrix(source, target), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("side", "stride"), [(7, 2), (4, 2), (5, 1)])

@@ -24,7 +24,8 @@ def run(one_device, tmp_path_factory):
     folder = tmp_path_factory.mktemp("publish")
     cfg = small_run.tiny(small_run.build_data(folder))
     names = ("question-only prior", "lower", "upper")
-    stages = {name: dataclasses.replace(cfg.stages[name], steps=1, optim=OptimConfig()) for name in ("base", "pooled")}
+    base = dataclasses.replace(cfg.stages["base"], steps=1, optim=OptimConfig())
+    stages = {"base": base, "more": dataclasses.replace(base, init_from="base")}  # one program for both
     rows = {name: cfg.rows[name] for name in names}
     cfg = dataclasses.replace(
         cfg, stages=stages, rows=rows, eval=dataclasses.replace(cfg.eval, order=names, pictures=0, limit=4)
@@ -57,7 +58,7 @@ def test_the_work_goes_on_from_what_was_published(run, tmp_path):
     assert len(checkpoint.stored_paths(other.checkpoints("base"))) == len(first)
     assert not any("opt_state" in path.read_text(errors="replace") for path in other.root.rglob("_METADATA"))
     with pytest.raises(FileNotFoundError, match="trained to its end, but its parameters are not there"):
-        checkpoint.read_params(other.checkpoints("pooled"))
+        checkpoint.read_params(other.checkpoints("more"))
     # The table is there, and comes out the same when it is measured again.
     kept = json.loads((workdir.eval / "summary.json").read_text())
     assert json.loads((other.eval / "summary.json").read_text()) == kept

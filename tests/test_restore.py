@@ -78,6 +78,8 @@ def test_padding_takes_no_part_and_slots_may_stay_empty():
     assert_like_loop(result, kept, 9, free)
     np.testing.assert_array_equal(result.valid_BM.sum(axis=1), np.minimum(valid.sum(axis=1), 9))
     assert not np.any(result.tokens_BMD[0, 5:]) and np.all(result.position_BM[0, 5:] == -1)
+    painted = restore(base, np.where(valid[:, :, None], FEATURES, np.float32(np.nan)), tokens=9, valid_BP=valid)
+    jax.tree.map(np.testing.assert_array_equal, painted, result)
 
 
 def test_a_selection_with_a_cls_token_may_come_before():

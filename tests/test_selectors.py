@@ -82,9 +82,10 @@ def test_padding_is_never_selected_and_counts_nowhere(name):
     def marks(name, x):
         return valid[:, None] if name == "text" else valid.reshape(valid.shape + (1,) * (x.ndim - 2))
 
-    loud = {name: np.where(marks(name, x), x, 50.0) for name, x in inputs.items()}
-    for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(run(name, loud, 7, valid_BP=valid)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for paint in (50.0, np.nan):
+        loud = {name: np.where(marks(name, x), x, np.float32(paint)) for name, x in inputs.items()}
+        for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(run(name, loud, 7, valid_BP=valid)), strict=True):
+            np.testing.assert_array_equal(a, b)
     for row in range(3):
         filled = min(7, valid[row].sum())
         np.testing.assert_array_equal(result.valid_BM[row], np.arange(7) < filled)

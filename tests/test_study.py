@@ -40,7 +40,7 @@ evaluate = small_run.load_file(small_run.ROOT / "eval.py")
 
 def config(data_dir, **study):
     """The tiny recipe as a study on a few drawn scenes."""
-    cfg = small_run.tiny(data_dir)
+    cfg = small_run.tiny(data_dir, checkpoint_every=100)  # the last step's alone: that a run goes on is in test_resume
     data = DataConfig(
         name="scenes",
         data_dir=data_dir,

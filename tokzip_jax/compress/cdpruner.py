@@ -21,24 +21,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from tokzip_jax.compress import ops
-from tokzip_jax.compress.entry import ABOUT_QUESTION, COMPARE, Ask, Encoder, Selecting, Tower, compared, option
+from tokzip_jax.compress.entry import ABOUT_QUESTION, COMPARE, Ask, Encoder, Selecting, compared, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
 from tokzip_jax.compress.relevance import question_relevance
-from tokzip_jax.compress.select import check_tokens
+from tokzip_jax.compress.select import check_tokens, selection_budget
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 SIGNS = ("official", "plain")
 # What is left of a patch's own r * r below this fraction is rounding of the subtractions before.
 EXPLAINED = 1e-5
-
-
-def check_budget(patches: int, tokens: int) -> None:
-    """Refuse a budget outside 1 .. patches.
-
-    Raises:
-        ValueError: names the number and its range.
-    """
-    check_tokens("cdpruner", patches, tokens)
 
 
 def scale(relevance_BP: Array, valid_BP: Array, sign: str) -> Array:
@@ -109,7 +100,7 @@ def cdpruner(
         ValueError: a budget out of range, an unknown option, or shapes that do not fit.
     """
     batch, patches, _ = patches_BPD.shape
-    check_budget(patches, tokens)
+    check_tokens("cdpruner", patches, tokens)
     if sign not in SIGNS:
         raise ValueError(f"cdpruner: sign = {sign!r} is unknown; choose one of {', '.join(SIGNS)}")
     features_BPH = patches_BPD if features_BPH is None else features_BPH
@@ -137,14 +128,10 @@ def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
     return cdpruner(features.patches_BPD, relevance_BP, tokens=ask.tokens, sign=sign, features_BPH=compare)
 
 
-def _budget(tower: Tower, tokens: int, options: Options) -> None:
-    check_budget(tower.patches, tokens)
-
-
 ENTRIES = {
     "cdpruner": Encoder(
         function=_apply,
-        budget=_budget,
+        budget=selection_budget("cdpruner"),
         options=Options,
         signals=ABOUT_QUESTION,
         classes=("similarity", "query"),

@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
+from tokzip_jax.compress.entry import Ask, Encoder, Selecting, option
 from tokzip_jax.compress.greedy import check_shape
-from tokzip_jax.compress.select import best, check_tokens
+from tokzip_jax.compress.select import best, check_tokens, selection_budget
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 ORDERS = ("highest", "lowest")
@@ -64,14 +64,10 @@ def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
     return cls_attention(features.patches_BPD, attention_BP, tokens=ask.tokens, order=ask.options.order)
 
 
-def _budget(tower: Tower, tokens: int, options: Options) -> None:
-    check_tokens("cls_attention", tower.patches, tokens)
-
-
 ENTRIES = {
     "cls_attention": Encoder(
         function=_apply,
-        budget=_budget,
+        budget=selection_budget("cls_attention"),
         options=Options,
         signals=("cls_attention_BP",),
         cls=True,

@@ -22,7 +22,7 @@ from jax import lax
 
 from tokzip_jax.compress import ops
 from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
-from tokzip_jax.compress.greedy import check_shape, everywhere, fill
+from tokzip_jax.compress.greedy import check_shape, cleared, everywhere, fill
 from tokzip_jax.compress.select import check_tokens
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
@@ -82,6 +82,7 @@ def dart(
     check_shape("dart", "features", features_BPH.shape, (batch, patches, None))
     check_shape("dart", "valid", valid_BP.shape, (batch, patches))
 
+    features_BPH = cleared(features_BPH, valid_BP)
     norm_BP = jnp.sum(jnp.abs(lax.stop_gradient(keys_BPH).astype(jnp.float32)), axis=2)
     chosen_BP = ops.top_mask(jnp.where(valid_BP, norm_BP, ops.MASKED), pivots)
     place_BK, _ = ops.partition(chosen_BP, pivots)

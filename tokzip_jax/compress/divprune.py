@@ -14,19 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
-from tokzip_jax.compress.entry import COMPARE, PROJECTED, Ask, Encoder, Selecting, Tower, compared, option
+from tokzip_jax.compress.entry import COMPARE, PROJECTED, Ask, Encoder, Selecting, compared, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
-from tokzip_jax.compress.select import check_tokens
+from tokzip_jax.compress.select import check_tokens, selection_budget
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
-
-
-def check_budget(patches: int, tokens: int) -> None:
-    """Refuse a budget outside 1 .. patches.
-
-    Raises:
-        ValueError: names the number and its range.
-    """
-    check_tokens("divprune", patches, tokens)
 
 
 def farthest(features_BPH: Array, valid_BP: Array, tokens: int) -> tuple[Array, Array]:
@@ -69,7 +60,7 @@ def divprune(
         ValueError: a budget out of range, or shapes that do not fit.
     """
     batch, patches, _ = patches_BPD.shape
-    check_budget(patches, tokens)
+    check_tokens("divprune", patches, tokens)
     features_BPH = patches_BPD if features_BPH is None else features_BPH
     check_shape("divprune", "features", features_BPH.shape, (batch, patches, None))
     valid_BP = everywhere(patches_BPD, valid_BP)
@@ -89,14 +80,10 @@ def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
     return divprune(features.patches_BPD, tokens=ask.tokens, features_BPH=compared(features, ask.options))
 
 
-def _budget(tower: Tower, tokens: int, options: Options) -> None:
-    check_budget(tower.patches, tokens)
-
-
 ENTRIES = {
     "divprune": Encoder(
         function=_apply,
-        budget=_budget,
+        budget=selection_budget("divprune"),
         options=Options,
         signals=lambda options: (PROJECTED,) if options.compare == "projected" else (),
         classes=("similarity",),

@@ -102,6 +102,11 @@ def everywhere(patches_BPD: Array, valid_BP: Array | None) -> Array:
     return jnp.ones(patches_BPD.shape[:2], bool) if valid_BP is None else valid_BP
 
 
+def cleared(x: Array, valid_BP: Array) -> Array:
+    """`x` [B, P, ...] with zeros where a patch does not exist: padding may hold anything, and 0 times NaN is NaN."""
+    return jnp.where(valid_BP.reshape(valid_BP.shape + (1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
 def in_raster_order(result: VisualTokens) -> VisualTokens:
     """The same tokens, their slots sorted by position: CLS (-1) first, empty slots last."""
     last = jnp.iinfo(jnp.int32).max

@@ -12,26 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
-from tokzip_jax.compress.entry import ABOUT_QUESTION, Ask, Encoder, Selecting, Tower, option
+from tokzip_jax.compress.entry import ABOUT_QUESTION, Ask, Encoder, Selecting, option
 from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
 from tokzip_jax.compress.relevance import question_similarity
-from tokzip_jax.compress.select import check_tokens
+from tokzip_jax.compress.select import check_tokens, selection_budget
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
-
-
-def check_budget(patches: int, tokens: int) -> None:
-    """Refuse a budget outside 1 .. patches.
-
-    Raises:
-        ValueError: names the number and its range.
-    """
-    check_tokens("mmtok", patches, tokens)
 
 
 def spread(cosine_BRP: Array, temperature: float, row_valid_BR: Array, valid_BP: Array) -> Array:
     """What each row of cosines gives each patch, divided by the number of rows: [B, P, R] float32, 0 for padding."""
     logits_BPR = jnp.where(valid_BP[:, :, None], cosine_BRP.swapaxes(1, 2) / temperature, ops.MASKED)
-    weight_BPR = jax.nn.softmax(logits_BPR, axis=1) * (row_valid_BR[:, None, :] & valid_BP[:, :, None])
+    real_BPR = row_valid_BR[:, None, :] & valid_BP[:, :, None]
+    weight_BPR = jnp.where(real_BPR, jax.nn.softmax(logits_BPR, axis=1), 0.0)
     return weight_BPR / jnp.maximum(jnp.sum(row_valid_BR, axis=1), 1)[:, None, None]
 
 
@@ -82,7 +74,7 @@ def mmtok(
         ValueError: a budget or temperature out of range, or shapes that do not fit.
     """
     batch, patches, _ = patches_BPD.shape
-    check_budget(patches, tokens)
+    check_tokens("mmtok", patches, tokens)
     for name, value in (("text_temperature", text_temperature), ("vision_temperature", vision_temperature)):
         if not value > 0:
             raise ValueError(f"mmtok: {name} = {value} must be above 0")
@@ -126,14 +118,10 @@ def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
     )
 
 
-def _budget(tower: Tower, tokens: int, options: Options) -> None:
-    check_budget(tower.patches, tokens)
-
-
 ENTRIES = {
     "mmtok": Encoder(
         function=_apply,
-        budget=_budget,
+        budget=selection_budget("mmtok"),
         options=Options,
         signals=ABOUT_QUESTION,
         classes=("similarity", "query"),

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from tokzip_jax.compress import ops
-from tokzip_jax.compress.greedy import check_shape, everywhere, in_raster_order, places
+from tokzip_jax.compress.greedy import check_shape, cleared, everywhere, in_raster_order, places
 from tokzip_jax.types import Array, VisualTokens
 
 
@@ -101,6 +101,7 @@ def restore(
 
     count = tokens - kept
     free_BP = (base.source_BP < 0) & valid_BP
+    features_BPH = cleared(features_BPH, valid_BP)
     similarity_BPP = ops.cosine(features_BPH, features_BPH)
     anchor_BP = anchors(similarity_BPP, free_BP, count)
     place_BA, filled_BA = places(anchor_BP, count)
@@ -109,7 +110,7 @@ def restore(
     group_BP = jnp.where(anchor_BP, ops.rank(anchor_BP), jnp.argmax(toward_BAP, axis=1).astype(jnp.int32))
     group_BP = jnp.where(free_BP, group_BP, -1)
 
-    total_BAD, size_BA = ops.group_sum(patches_BPD, group_BP, count)
+    total_BAD, size_BA = ops.group_sum(cleared(patches_BPD, free_BP), group_BP, count)
     member_BAP = group_BP[:, None, :] == jnp.arange(count)[None, :, None]
     merged_BAD = total_BAD / jnp.maximum(size_BA, 1)[:, :, None]
     merged = (

@@ -14,21 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
-from tokzip_jax.compress.entry import Ask, Encoder, Selecting, Tower, option
-from tokzip_jax.compress.greedy import check_shape, everywhere, fill, greedy, row
-from tokzip_jax.compress.select import check_tokens
+from tokzip_jax.compress.entry import Ask, Encoder, Selecting, option
+from tokzip_jax.compress.greedy import check_shape, cleared, everywhere, fill, greedy, row
+from tokzip_jax.compress.select import check_tokens, selection_budget
 from tokzip_jax.types import Array, VisionFeatures, VisualTokens
 
 COMBINE = ("multiply", "add")
-
-
-def check_budget(patches: int, tokens: int) -> None:
-    """Refuse a budget outside 1 .. patches.
-
-    Raises:
-        ValueError: names the number and its range.
-    """
-    check_tokens("scope", patches, tokens)
 
 
 def covering(
@@ -79,7 +70,7 @@ def scope(
         ValueError: a budget out of range, an unknown option, or shapes that do not fit.
     """
     batch, patches, _ = patches_BPD.shape
-    check_budget(patches, tokens)
+    check_tokens("scope", patches, tokens)
     if combine not in COMBINE:
         raise ValueError(f"scope: combine = {combine!r} is unknown; choose one of {', '.join(COMBINE)}")
     features_BPH = patches_BPD if features_BPH is None else features_BPH
@@ -87,7 +78,7 @@ def scope(
     check_shape("scope", "saliency", saliency_BP.shape, (batch, patches))
     check_shape("scope", "features", features_BPH.shape, (batch, patches, None))
     check_shape("scope", "valid", valid_BP.shape, (batch, patches))
-    features_BPH = jax.lax.stop_gradient(features_BPH)
+    features_BPH = cleared(jax.lax.stop_gradient(features_BPH), valid_BP)
     weight_BP = jax.lax.stop_gradient(saliency_BP).astype(jnp.float32) ** alpha
     similarity_BPP = ops.cosine(features_BPH, features_BPH)
     _, chosen_BP = covering(similarity_BPP, weight_BP, valid_BP, tokens, combine)
@@ -107,14 +98,10 @@ def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
     return scope(features.patches_BPD, saliency_BP, tokens=ask.tokens, alpha=options.alpha, combine=options.combine)
 
 
-def _budget(tower: Tower, tokens: int, options: Options) -> None:
-    check_budget(tower.patches, tokens)
-
-
 ENTRIES = {
     "scope": Encoder(
         function=_apply,
-        budget=_budget,
+        budget=selection_budget("scope"),
         options=Options,
         signals=("cls_attention_BP",),
         cls=True,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokzip_jax.compress.downsample import positions_matrix
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.projectors.base import (
     Context,
@@ -24,7 +25,6 @@ from tokzip_jax.types import Array, Params, VisualTokens
 
 EPS = 1e-6
 KEYS = ("official", "paper")
-SHARPNESS = -0.75  # of PyTorch's bicubic kernel
 
 
 def sincos(side: int, width: int) -> np.ndarray:
@@ -35,23 +35,10 @@ def sincos(side: int, width: int) -> np.ndarray:
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def bicubic(source: int, target: int) -> np.ndarray:
-    """[target, source] weights of PyTorch's bicubic interpolation: half-pixel centres, repeated border."""
-    at = (np.arange(target) + 0.5) * source / target - 0.5
-    low = np.floor(at).astype(int)
-    weights = np.zeros((target, source))
-    for tap in range(-1, 3):
-        far = np.abs(at - (low + tap))
-        near = ((SHARPNESS + 2) * far - (SHARPNESS + 3)) * far**2 + 1
-        tail = SHARPNESS * (((far - 5) * far + 8) * far - 4)
-        np.add.at(weights, (np.arange(target), np.clip(low + tap, 0, source - 1)), np.where(far <= 1, near, tail))
-    return weights
-
-
 def patch_code(grid: int, queries: int, width: int) -> np.ndarray:
     """[grid^2, width] float32: the queries' code, resized from their square to the picture's grid."""
     side = math.isqrt(queries)
-    resize = bicubic(side, grid)
+    resize = positions_matrix(side, grid)
     code = sincos(side, width).reshape(side, side, width)
     return np.einsum("gh,fw,hwd->gfd", resize, resize, code).reshape(grid * grid, width).astype(np.float32)
 
