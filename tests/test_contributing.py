@@ -1,14 +1,15 @@
 """The worked example of CONTRIBUTING.md is a method like any other."""
 
 import re
+import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny_model as tiny
-from small_run import ROOT, load_file
+from small_run import ROOT
 
-from tokzip_jax import compress, encoder_site, flops, vlm
+from tokzip_jax import compress, encoder_site, flops, listing, vlm
 from tokzip_jax.compress import registry
 from tokzip_jax.config import MethodConfig
 
@@ -21,10 +22,13 @@ def test_one_file_and_one_line_add_a_compressor(tmp_path, monkeypatch):
     assert f"`tokzip_jax/compress/{name}.py`" in section
     file = tmp_path / f"{name}.py"
     file.write_text(code)
-    module = load_file(file)
-    for known, entry in module.ENTRIES.items():
-        monkeypatch.setitem(compress.ENCODER, known, entry)
-        monkeypatch.setitem(registry.FILE_OF, known, f"tokzip_jax/compress/{name}.py")
+    # The file lies where its package looks, and its line stands in the list.
+    monkeypatch.setattr(compress, "__path__", [*compress.__path__, str(tmp_path)])
+    entries, file_of = listing.entries("tokzip_jax.compress", (*registry.FILES, name))
+    del sys.modules[f"tokzip_jax.compress.{name}"]
+    assert set(entries) - set(compress.ENCODER) == {name}
+    monkeypatch.setitem(compress.ENCODER, name, entries[name])
+    monkeypatch.setitem(registry.FILE_OF, name, file_of[name])
 
     method = MethodConfig(encoder=name, tokens=5, options={"order": 1})
     encoder_site.check("x", tiny.MODEL, method)
@@ -50,3 +54,11 @@ def test_one_file_and_one_line_add_a_compressor(tmp_path, monkeypatch):
     expected = np.sort(np.argsort(-norms, axis=1)[:, :5], axis=1)
     np.testing.assert_array_equal(found.position_BM, expected)
     tiny.close(found.tokens_BMD, np.take_along_axis(np.asarray(both.tokens_BMD), expected[:, :, None], axis=1))
+
+
+def test_a_name_stands_in_one_file(tmp_path, monkeypatch):
+    (tmp_path / "again.py").write_text("ENTRIES = {'random': None}\n")
+    monkeypatch.setattr(compress, "__path__", [*compress.__path__, str(tmp_path)])
+    with pytest.raises(ValueError, match=r"'random' stands in tokzip_jax/compress/select\.py and in .*/again\.py; it"):
+        listing.entries("tokzip_jax.compress", (*registry.FILES, "again"))
+    del sys.modules["tokzip_jax.compress.again"]

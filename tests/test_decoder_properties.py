@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tokzip_jax.compress import sparsevlm
-from tokzip_jax.compress.decoder import DECODER, Look, Setting
+from tokzip_jax.compress.decoder import DECODER
+from tokzip_jax.compress.decoder_entry import Look, Setting
 
 G, N, R, V, D, KEEP = 5, 3, 6, 40, 4, 8
 PLAIN = ("fastv", "fastv_paper", "pyramiddrop", "sparsevlm_plus")

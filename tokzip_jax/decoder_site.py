@@ -21,7 +21,8 @@ from jax import lax
 
 from tokzip_jax import layout, llm
 from tokzip_jax.compress import decoder, sparsevlm
-from tokzip_jax.compress.decoder import DECODER, Choice, Look, Setting, Step
+from tokzip_jax.compress.decoder import DECODER, Step
+from tokzip_jax.compress.decoder_entry import Choice, Look, Setting
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.pictures import FAR, Places, at, first, shrink

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tokzip_jax.compress.decoder import DECODER
-from tokzip_jax.compress.registry import ENCODER, FILE_OF
-from tokzip_jax.projectors import PROJECTORS
+from tokzip_jax import projectors
+from tokzip_jax.compress import decoder, registry
 
 BEGIN = "<!-- methods: python -m tokzip_jax.methods README.md -->"
 END = "<!-- end of methods -->"
@@ -38,11 +37,11 @@ class Line(NamedTuple):
 
 def lines() -> Iterator[Line]:
     """All methods, site by site."""
-    for name, entry in ENCODER.items():
+    for name, entry in registry.ENCODER.items():
         if name != "none":
             yield Line(
                 name,
-                FILE_OF[name],
+                registry.FILE_OF[name],
                 "encoder",
                 entry.classes,
                 False,
@@ -51,12 +50,12 @@ def lines() -> Iterator[Line]:
                 not entry.question,
                 entry.source,
             )
-    for name, entry in PROJECTORS.items():
-        file = entry.apply.__module__.replace(".", "/") + ".py"
+    for name, entry in projectors.PROJECTORS.items():
+        file = projectors.FILE_OF[name]
         reads = "question, patches" if entry.question else "patches"
         yield Line(name, file, "projector", entry.classes, True, reads, entry.outputs, not entry.question, entry.source)
-    for name, entry in DECODER.items():
-        file = f"tokzip_jax/compress/{entry.file}.py"
+    for name, entry in decoder.DECODER.items():
+        file = decoder.FILE_OF[name]
         yield Line(name, file, "decoder", entry.classes, False, ROWS[entry.rows], entry.count, False, entry.source)
     reads = "patches, in the language model"
     yield Line("voco", "tokzip_jax/voco.py", "bottleneck", ("query",), True, reads, "voco", True, "arXiv 2406.12275")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tokzip_jax.compress.decoder import Choice
+from tokzip_jax.compress.decoder_entry import Choice
 from tokzip_jax.layout import Layout
 from tokzip_jax.masks import predecessors
 from tokzip_jax.types import PAD, VISION, Array, TokenStream

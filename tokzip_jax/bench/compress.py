@@ -2,7 +2,9 @@
 
 Measured are the functions of `tokzip_jax.compress` alone, on arrays of the shapes that a tower hands over. What a tower
 spends on handing over a row of scores or keys is in `bench visionzip`. ToMe and FOLDER are the forms that work on a
-tower's output; inside a tower they make it cheaper.
+tower's output; inside a tower they make it cheaper. What is compared is what a config compares where it says nothing:
+DivPrune, HoloV and CDPruner look at projected patches, which are wider. Projecting all patches, where only those that
+are kept would have been projected, is not in the time.
 """
 
 import argparse
@@ -26,15 +28,18 @@ from tokzip_jax.types import Array, VisualTokens
 TINY = VitConfig(image_size=32, patch_size=8, width=16, layers=3, heads=2, mlp_dim=32)
 TARGETS = {"one-shot": 0.01, "greedy": 0.05}  # of the encoder's time, on a CPU
 TOKENS, TINY_TOKENS = (192, 128, 64), (8, 4)
+PROJECTED, TINY_PROJECTED = 4096, 24  # width of a 7B language model
 QUESTION = 32  # tokens, for the methods that read one
 # What leaves a compiled program for the host on its way: a callback, or a transfer by name.
 TO_HOST = re.compile(r'custom_call_target="[^"]*callback[^"]*"|\b(?:infeed|outfeed|send|recv)\(')
 
 
 class Inputs(NamedTuple):
-    """Arrays as a tower of P patches, width D and head width H gives them; merged ones of 4 P smaller patches."""
+    """Arrays as a tower of P patches, width D and head width H gives them, and patches behind a projector, of width L;
+    merged ones of 4 P smaller patches."""
 
     patches_BPD: Array
+    projected_BPL: Array
     cls_BD: Array
     cls_attention_BP: Array
     keys_BSH: Array
@@ -83,13 +88,22 @@ METHODS = {
     "folder": Method(lambda x, n: compress.folder(x.patches_BPD, tokens=n)),
     "tome": Method(lambda x, n: compress.tome(x.patches_BPD, x.keys_BSH[:, 1:], tokens=n)),
     "vispruner": Method(lambda x, n: compress.vispruner(x.patches_BPD, x.cls_attention_BP, tokens=n), "greedy"),
+    "cls_attention": Method(lambda x, n: compress.cls_attention(x.patches_BPD, x.cls_attention_BP, tokens=n)),
     "holov": Method(
-        lambda x, n: compress.holov(x.patches_BPD, x.cls_attention_BP, tokens=n, crops=min(16, x.patches_BPD.shape[1]))
+        lambda x, n: compress.holov(
+            x.patches_BPD,
+            x.cls_attention_BP,
+            tokens=n,
+            crops=min(16, x.patches_BPD.shape[1]),
+            features_BPH=x.projected_BPL,
+        )
     ),
     "dart": Method(lambda x, n: compress.dart(x.patches_BPD, x.last_keys_BSD[:, 1:], tokens=n, pivots=min(4, n))),
-    "divprune": Method(lambda x, n: compress.divprune(x.patches_BPD, tokens=n), "greedy"),
+    "divprune": Method(lambda x, n: compress.divprune(x.patches_BPD, tokens=n, features_BPH=x.projected_BPL), "greedy"),
     "scope": Method(lambda x, n: compress.scope(x.patches_BPD, x.cls_attention_BP, tokens=n), "greedy"),
-    "cdpruner": Method(lambda x, n: compress.cdpruner(x.patches_BPD, x.relevance_BP, tokens=n), "greedy"),
+    "cdpruner": Method(
+        lambda x, n: compress.cdpruner(x.patches_BPD, x.relevance_BP, tokens=n, features_BPH=x.projected_BPL), "greedy"
+    ),
     "mmtok": Method(lambda x, n: compress.mmtok(x.patches_BPD, x.text_similarity_BTP, tokens=n), "greedy"),
     "random": Method(lambda x, n: compress.random(x.patches_BPD, tokens=n, key=x.key)),
     "uniform": Method(lambda x, n: compress.uniform(x.patches_BPD, tokens=n)),
@@ -106,6 +120,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", nargs="+", type=int, help="pictures at once (None: 1 and 16 on a CPU, 1 and 64 elsewhere; tiny 1)"
     )
+    parser.add_argument(
+        "--projected",
+        type=int,
+        help=f"width of projected patches, which some methods compare (None: {PROJECTED}; tiny {TINY_PROJECTED})",
+    )
     parser.add_argument("--layers", type=int, default=0, help="blocks of the tower; 0 = the shape's own")
     parser.add_argument("--repeats", type=int, default=5, help="compressions that make one measurement")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: time of all threads")
@@ -119,16 +138,18 @@ def run(args: argparse.Namespace) -> Report:
     on_cpu = jax.default_backend() == "cpu"
     batches = args.batch or ([1] if args.tiny else [1, 16 if on_cpu else 64])
     tokens = args.tokens or (TINY_TOKENS if args.tiny else TOKENS)
+    projected = args.projected or (TINY_PROJECTED if args.tiny else PROJECTED)
     params = random_weights(jax.eval_shape(lambda key: vit.init(shape, key, cfg.param_dtype), jax.random.key(0)))
     tables = {}
     for batch in batches:
-        tables |= measure(cfg, params, args, batch, tokens, targets=on_cpu)
+        tables |= measure(cfg, params, args, inputs(cfg, batch, projected), tokens, targets=on_cpu)
     return Report(
         name="compress",
         settings={
             "vision tower": dataclasses.asdict(shape),
             "blocks run": shape.feature_blocks,
             "patches": shape.patches,
+            "width of projected patches": projected,
             "dtype": args.dtype,
             "tokens of a question": QUESTION,
             "targets on a CPU": TARGETS,
@@ -141,12 +162,12 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def measure(
-    cfg: ModelConfig, params: Any, args: argparse.Namespace, batch: int, tokens: list[int], *, targets: bool
+    cfg: ModelConfig, params: Any, args: argparse.Namespace, found: Inputs, tokens: list[int], *, targets: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Two tables: the encoder at this batch size, timed once a round, and all methods, timed in turn with it."""
+    """Two tables: the encoder for as many pictures, timed once a round, and all methods, timed in turn with it."""
+    batch = len(found.patches_BPD)
     side = (batch, cfg.vit.image_size, cfg.vit.image_size, 3)
     pixels = jax.random.normal(jax.random.key(1), side, jnp.dtype(cfg.dtype))
-    found = inputs(cfg, batch)
 
     def encode(params: Any, pixels: Array) -> tuple[Array, Array]:
         features, _ = vit.features(cfg, params, pixels)
@@ -187,8 +208,8 @@ def measure(
     }
 
 
-def inputs(cfg: ModelConfig, batch: int) -> Inputs:
-    """Random arrays of the shapes that the tower of `cfg` gives for `batch` pictures."""
+def inputs(cfg: ModelConfig, batch: int, projected: int = PROJECTED) -> Inputs:
+    """Random arrays of the shapes that the tower of `cfg`, and a projector to that width, give for `batch` pictures."""
     patches, width, head = cfg.vit.patches, cfg.vit.width, cfg.vit.width // cfg.vit.heads
     keys = iter(jax.random.split(jax.random.key(2), len(Inputs._fields)))
 
@@ -200,6 +221,7 @@ def inputs(cfg: ModelConfig, batch: int) -> Inputs:
 
     return Inputs(
         patches_BPD=normal(patches, width),
+        projected_BPL=normal(patches, projected),
         cls_BD=normal(width),
         cls_attention_BP=scores(patches),
         keys_BSH=normal(1 + patches, head),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.decoder_entry import Choice, Decoder, Look, Setting, own_row
 from tokzip_jax.types import Array
 
 
@@ -53,3 +54,19 @@ def fastv_paper(attention_BNRV: Array, behind_BRV: Array, valid_BV: Array, *, ke
     weight_BRV = jnp.mean(attention_BNRV.astype(jnp.float32), axis=1)
     total_BV = jnp.sum(jnp.where(behind_BRV, weight_BRV, 0.0), axis=1)
     return best(total_BV / jnp.maximum(jnp.sum(behind_BRV, axis=1), 1), valid_BV, keep)
+
+
+def _fastv(look: Look, setting: Setting) -> Choice:
+    return Choice(fastv(own_row(look), look.valid_GV, keep=setting.keep))
+
+
+def _fastv_paper(look: Look, setting: Setting) -> Choice:
+    behind = look.counts_GR[:, :, None] & (look.offset_GRV > 0)
+    return Choice(fastv_paper(look.attention_GNRV, behind, look.valid_GV, keep=setting.keep))
+
+
+_SHARED = {"source": "arXiv 2403.06764", "published": ((2, 288),)}
+ENTRIES = {
+    "fastv": Decoder(_fastv, "last", "original", **_SHARED),
+    "fastv_paper": Decoder(_fastv_paper, "prompt", "original", **_SHARED),
+}

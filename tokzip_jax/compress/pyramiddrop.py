@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from tokzip_jax.compress.decoder_entry import Choice, Decoder, Look, Setting, own_row
 from tokzip_jax.compress.fastv import best
 from tokzip_jax.types import Array
 
@@ -36,3 +37,19 @@ def pyramiddrop(attention_BNV: Array, valid_BV: Array, *, keep: int) -> Array:
         [B, V] bool; of equal scores the lower index wins.
     """
     return best(jnp.mean(attention_BNV.astype(jnp.float32), axis=1), valid_BV, keep)
+
+
+def _pyramiddrop(look: Look, setting: Setting) -> Choice:
+    return Choice(pyramiddrop(own_row(look), look.valid_GV, keep=setting.keep))
+
+
+ENTRIES = {
+    "pyramiddrop": Decoder(
+        _pyramiddrop,
+        "last",
+        "compact",
+        ahead=True,
+        published=((8, 288), (16, 144), (24, 72)),
+        source="arXiv 2410.17247",
+    )
+}

@@ -1,11 +1,11 @@
 """The table of encoder-site methods: `ENCODER`, name -> `Encoder`, made of the `ENTRIES` of the files listed here."""
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from tokzip_jax import listing
 from tokzip_jax.compress.entry import Ask, Encoder, NoOptions, Selecting, Tower, at_budget, option, settings
 from tokzip_jax.compress.restore import check_budget as check_restore
 from tokzip_jax.compress.restore import restore
@@ -46,12 +46,9 @@ FILES = (
     "cdpruner",
     "mmtok",
 )
-ENCODER: dict[str, Encoder] = {}
-FILE_OF: dict[str, str] = {}  # name -> the file that it stands in
-for _file in FILES:
-    _entries = importlib.import_module(f"tokzip_jax.compress.{_file}").ENTRIES
-    ENCODER.update(_entries)
-    FILE_OF.update(dict.fromkeys(_entries, f"tokzip_jax/compress/{_file}.py"))
+ENCODER: dict[str, Encoder]
+FILE_OF: dict[str, str]  # name -> the file that it stands in
+ENCODER, FILE_OF = listing.entries("tokzip_jax.compress", FILES)
 
 
 def options(name: str, given: Mapping[str, Any]) -> Any:

@@ -17,12 +17,15 @@ go to the lower index unless noise is given.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tokzip_jax.compress import ops
+from tokzip_jax.compress.decoder_entry import Choice, Decoder, Look, Setting
+from tokzip_jax.compress.fastv import best
 from tokzip_jax.types import Array
 
 
@@ -205,3 +208,64 @@ def _distances(x_BRD: Array, valid_BR: Array) -> Array:
     squared = square_BR[:, :, None] + square_BR[:, None, :] - 2 * product_BRR
     apart = ~jnp.eye(x.shape[1], dtype=bool)
     return jnp.sqrt(jnp.where(apart, jnp.maximum(squared, 0.0), 0.0) / x.shape[2])
+
+
+def _merge(look: Look, score_GV: Array, kept_GV: Array, most: int) -> Choice:
+    merged = recycle(look.tokens_GVD, score_GV, look.valid_GV & ~kept_GV, most=most)
+    return Choice(kept_GV, *merged)
+
+
+def _sparsevlm(look: Look, setting: Setting) -> Choice:
+    score = rate(jnp.mean(look.attention_GNRV, axis=1), look.counts_GR)
+    kept = best(score, look.valid_GV, setting.keep)
+    return _merge(look, score, kept, kept.shape[1] - setting.keep)
+
+
+def _by_rank(look: Look, setting: Setting, counted: Callable[[Array, Array], Array]) -> Choice:
+    """SparseVLM with a count of each picture's own: counted(rank, real tokens), both [G]."""
+    weights = jnp.mean(look.attention_GNRV, axis=1)
+    rank = attention_rank(weights, look.counts_GR, look.valid_GV)
+    count = counted(rank, jnp.sum(look.valid_GV, axis=1, dtype=jnp.int32))
+    score = rate(weights, look.counts_GR)
+    kept = select(score, look.valid_GV, count, most=setting.keep)
+    return _merge(look, score, kept, kept.shape[1])
+
+
+def _sparsevlm_v1(look: Look, setting: Setting) -> Choice:
+    return _by_rank(look, setting, functools.partial(adaptive_keep, scale=setting.scale, bias=setting.bias))
+
+
+def _sparsevlm_paper(look: Look, setting: Setting) -> Choice:
+    return _by_rank(look, setting, functools.partial(paper_keep, scale=setting.scale))
+
+
+def _sparsevlm_plus(look: Look, setting: Setting) -> Choice:
+    pull = gravity(look.offset_GRV, head_dim=setting.head_dim, theta=setting.theta)
+    weights = look.attention_GNRV / pull[:, None]
+    weights = busy_heads(weights, look.counts_GR, look.valid_GV, heads=setting.heads)
+    return Choice(best(rate(weights, look.counts_GR), look.valid_GV, setting.keep))
+
+
+_SHARED = {"rows": "text", "classes": ("attention", "query"), "source": "arXiv 2410.04417"}
+_BY_RANK = {
+    "positions": "compact",
+    "merged": lambda slots, keep: recycled(slots)[1],
+    "published": ((3, 300), (7, 200), (16, 110), (20, 110)),
+    "count": "by rank, up to the budget, and merged ones",
+    **_SHARED,
+}
+ENTRIES = {
+    "sparsevlm": Decoder(
+        _sparsevlm,
+        positions="compact",
+        merged=lambda slots, keep: recycled(slots - keep)[1],
+        published=((3, 300), (7, 200), (16, 110)),
+        count="the budget, and merged ones",
+        **_SHARED,
+    ),
+    "sparsevlm_v1": Decoder(_sparsevlm_v1, **_BY_RANK),
+    "sparsevlm_paper": Decoder(_sparsevlm_paper, scaled=True, **_BY_RANK),
+    "sparsevlm_plus": Decoder(
+        _sparsevlm_plus, positions="original", published=((3, 300), (7, 200), (16, 118)), **_SHARED
+    ),
+}

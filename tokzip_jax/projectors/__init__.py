@@ -6,22 +6,27 @@
 
 import dataclasses
 
+from tokzip_jax import listing
 from tokzip_jax.config import MethodConfig, ModelConfig
-from tokzip_jax.projectors import ldp, llamavid, mqt, plain, pooled, qformer, unshuffle
+from tokzip_jax.projectors import plain
 from tokzip_jax.projectors.base import Context, Projector
 from tokzip_jax.require import require
 
-__all__ = ["KEEPS_PLACES", "OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
+__all__ = ["FILES", "FILE_OF", "KEEPS_PLACES", "OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
 
-PROJECTORS: dict[str, Projector] = {
-    **plain.ENTRIES,
-    **pooled.ENTRIES,
-    **unshuffle.ENTRIES,
-    **ldp.ENTRIES,
-    **qformer.ENTRIES,
-    **llamavid.ENTRIES,
-    **mqt.ENTRIES,
-}
+# A new projector is one more line here.
+FILES = (
+    "plain",
+    "pooled",
+    "unshuffle",
+    "ldp",
+    "qformer",
+    "llamavid",
+    "mqt",
+)
+PROJECTORS: dict[str, Projector]
+FILE_OF: dict[str, str]  # name -> the file that it stands in
+PROJECTORS, FILE_OF = listing.entries("tokzip_jax.projectors", FILES)
 KEEPS_PLACES = tuple(plain.ENTRIES)  # one token in, one token out: what an encoder site chose can still be seen
 # Fields of `MethodConfig` that some projector reads, and their defaults.
 _READ = {name for entry in PROJECTORS.values() for name in entry.options}
