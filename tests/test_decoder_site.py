@@ -314,6 +314,10 @@ def test_sites_compose():
         ({"decoder_keep": (25, 9)}, "asks for 25 tokens at layer 1, where 24 arrive"),
         ({"decoder_keep": (9, 0)}, "asks for 0 tokens at layer 2"),
         ({"decoder_form": "drop"}, "decoder_form = 'drop' is unknown; choose one of 'gather', 'mask'"),
+        (
+            {"decoder": "none", "decoder_layers": (), "decoder_keep": (), "decoder_form": "drop"},
+            "decoder_form = 'drop' is unknown",
+        ),
         ({"decoder_positions": "new"}, "decoder_positions = 'new' is unknown"),
         (
             {"voco": 2, "voco_mask": "voco"},

@@ -61,6 +61,10 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
     Raises:
         ValueError: one sentence naming the field of `MethodConfig`.
     """
+    for name, known in (("decoder_form", FORMS), ("decoder_positions", POSITIONS)):
+        if getattr(method, name) not in known:
+            choices = ", ".join(map(repr, known))
+            raise ValueError(f"{name} = {getattr(method, name)!r} is unknown; choose one of {choices}")
     if method.decoder == "none":
         if method.decoder_layers or method.decoder_keep:
             raise ValueError(
@@ -69,10 +73,6 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
             )
         return ()
     steps = decoder.steps(method.decoder, visual, method.decoder_layers, method.decoder_keep, depth=llm_cfg.layers)
-    for name, known in (("decoder_form", FORMS), ("decoder_positions", POSITIONS)):
-        if getattr(method, name) not in known:
-            choices = ", ".join(map(repr, known))
-            raise ValueError(f"{name} = {getattr(method, name)!r} is unknown; choose one of {choices}")
     if method.voco_mask != "visible":
         raise ValueError(
             f"decoder = {method.decoder!r} drops vision tokens that text reads, but under voco_mask = "
