@@ -5,24 +5,24 @@ together then change places, and some patch goes that would have stayed.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from tokzip_jax import config_io, sharding
+from tokzip_jax import sharding, sweep_columns
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import say
 from tokzip_jax.sweep import Line
 from tokzip_jax.types import VisualTokens
-from tokzip_jax.workdir import write_atomically
+from tokzip_jax.workdir import Workdir
 
 
 class Work(Protocol):
     """What is read of a `sweep_run.Sweep`."""
 
+    workdir: Workdir
     lines: list[Line]
     base: SharedRunner
     again: bool
@@ -57,22 +57,18 @@ def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float | No
 def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float | None]]:
     """The column of every encoder-site line, {name: {"bf16_agreement": ...}}; what was measured is kept in
     `bf16.json`."""
-    path = folder / "bf16.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    lines = [line for line in work.lines if line.row.method.encoder != "none" and not line.training]
+    lines = {line.name: line for line in work.lines if line.row.method.encoder != "none" and not line.training}
     work.base.rows()  # the pictures are there then
     shared = {name: getattr(work.base.memory, name) for name in ("signals", "images", "batches")}
     memory = Memory(**shared)
-    for line in lines:
-        row = json.loads(config_io.to_json(line.row))
-        if not work.again and known.get(line.name, {}).get("row") == row:
-            continue
-        runner = work.runner(line)
+
+    def one(name: str) -> dict[str, float | None]:
+        runner = work.runner(lines[name])
         model = dataclasses.replace(runner.cfg.model, dtype="bfloat16")
         half = dataclasses.replace(runner, cfg=dataclasses.replace(runner.cfg, model=model), memory=memory)
-        known[line.name] = {"bf16_agreement": measure(line, runner, half), "row": row}
-        found = known[line.name]["bf16_agreement"]
-        say(f"{line.name}, kept in bfloat16 too: " + ("no places" if found is None else f"{found:.4f}"))
-        if jax.process_index() == 0:
-            write_atomically(path, json.dumps(known, indent=2) + "\n")
-    return {line.name: {"bf16_agreement": known[line.name]["bf16_agreement"]} for line in lines}
+        found = measure(lines[name], runner, half)
+        say(f"{name}, kept in bfloat16 too: " + ("no places" if found is None else f"{found:.4f}"))
+        return {"bf16_agreement": found}
+
+    rows = {name: line.row for name, line in lines.items()}
+    return sweep_columns.measured(work.workdir, folder / "bf16.json", rows, one, again=work.again)

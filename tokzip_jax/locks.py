@@ -2,11 +2,14 @@
 
 import contextlib
 import pathlib
+import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import filelock
 import jax
+
+POLL = 2.0  # seconds between two looks at what other processes have finished
 
 
 @contextlib.contextmanager
@@ -38,3 +41,24 @@ def hold(root: pathlib.Path, name: str, *, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def in_turn(root: pathlib.Path, names: Iterable[str]) -> Iterator[str]:
+    """Names of pieces of work, each while it is held: what another process is at comes last, and may be done by then.
+
+    Args:
+        root: the workdir.
+        names: not the same one twice.
+
+    Yields:
+        Every name once.
+    """
+    left = list(names)
+    while left:
+        for name in [*left]:
+            with hold(root, name, wait=False) as mine:
+                if mine:
+                    left.remove(name)
+                    yield name
+        if left:
+            time.sleep(POLL)

@@ -6,23 +6,23 @@ not look at the question has one number for both. What was trained is read of it
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from tokzip_jax import config_io
+from tokzip_jax import sweep_columns
 from tokzip_jax.evals.shared import SharedRunner
 from tokzip_jax.metrics import say
 from tokzip_jax.sweep import Line
-from tokzip_jax.workdir import write_atomically
+from tokzip_jax.workdir import Workdir
 
 
 class Work(Protocol):
     """What is read of a `sweep_run.Sweep`."""
 
+    workdir: Workdir
     lines: list[Line]
     again: bool
 
@@ -69,16 +69,15 @@ def check(runner: SharedRunner) -> None:
 def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float | None]]:
     """The columns of every line, {name: {"second_kept": ..., "second_again": ...}}; what was measured is kept in
     `second_turn.json`."""
-    path = folder / "second_turn.json"
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for line in work.lines:
-        runner = work.runner(line)
-        read = dataclasses.replace(line, row=runner.cfg.rows[line.name])
-        row = json.loads(config_io.to_json(read.row))
-        if work.again or known.get(line.name, {}).get("row") != row:
-            known[line.name] = {**measure(runner, read), "row": row}
-            say(f"{line.name}, second turn: {known[line.name]['kept']:.4f}")
-            if jax.process_index() == 0:
-                write_atomically(path, json.dumps(known, indent=2) + "\n")
+    runners = {line.name: work.runner(line) for line in work.lines}
+    read = {line.name: dataclasses.replace(line, row=runners[line.name].cfg.rows[line.name]) for line in work.lines}
+
+    def one(name: str) -> dict[str, Any]:
+        found = measure(runners[name], read[name])
+        say(f"{name}, second turn: {found['kept']:.4f}")
+        return found
+
+    rows = {name: line.row for name, line in read.items()}
+    known = sweep_columns.measured(work.workdir, folder / "second_turn.json", rows, one, again=work.again)
     names = {"second_kept": "kept", "second_again": "again"}
-    return {line.name: {key: known[line.name][name] for key, name in names.items()} for line in work.lines}
+    return {line: {key: values[name] for key, name in names.items()} for line, values in known.items()}

@@ -25,6 +25,7 @@ from tokzip_jax.config import RowConfig, RunConfig, StageConfig
 from tokzip_jax.config_check import deciding, stage_order
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import Runner
+from tokzip_jax.locks import POLL
 from tokzip_jax.workdir import Workdir, write_atomically
 
 TIMES = "step_times.json"
@@ -32,7 +33,6 @@ RECORD = "study.json"
 DIVERGED = "diverged.json"
 EDGE = "the best rate is at the edge of those tried"
 SAME = 0.1  # lengths of trainings that differ by no more than this share take equally long: so exact is no timing
-POLL = 2.0  # seconds between two looks at what other processes have finished
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tokzip_jax.evals import shared, table
 from tokzip_jax.evals.runner import Runner
 from tokzip_jax.evals.shared import Memory, SharedRunner
 from tokzip_jax.metrics import MetricWriter, say
-from tokzip_jax.study import POLL, Study, rates
+from tokzip_jax.study import Study, rates
 from tokzip_jax.sweep import Line
 from tokzip_jax.sweep_report import part
 from tokzip_jax.sweep_times import Prefills
@@ -132,17 +132,13 @@ class Sweep:
         for line in self.lines:
             if line.training:
                 left.setdefault(line.row.stage, []).append(line)
-        while left:
-            # What another process is at comes last: by then it may be done, and is read.
-            for stage, found in [*left.items()]:
-                with self.workdir.hold(f"sweep {stage}", wait=False) as mine:
-                    if mine:
-                        say(f"stage {stage}")
-                        done |= dict(zip([line.name for line in found], self.trained(found)))
-                        del left[stage]
-                        yield self.in_order(done)
-            if left:
-                time.sleep(POLL)
+        # What another process has done by its turn is read.
+        pieces = {f"sweep {stage}": stage for stage in left}
+        for piece in self.workdir.in_turn(pieces):
+            say(f"stage {pieces[piece]}")
+            found = left[pieces[piece]]
+            done |= dict(zip([line.name for line in found], self.trained(found)))
+            yield self.in_order(done)
 
     def in_order(self, done: dict[str, table.RowResult]) -> list[table.RowResult]:
         """Bounds and rows with their ratios and prefill times."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -60,6 +61,10 @@ class Workdir:
     def hold(self, name: str, *, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
         """Hold a name against other processes that work here, see `locks.hold`."""
         return locks.hold(self.root, name, wait=wait)
+
+    def in_turn(self, names: Iterable[str]) -> Iterator[str]:
+        """Pieces of work, each held while it is done, see `locks.in_turn`."""
+        return locks.in_turn(self.root, names)
 
     def checkpoints(self, stage: str) -> str:
         """The directory of a stage's checkpoints."""
