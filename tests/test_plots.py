@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokzip_jax import plots
+from tokzip_jax import methods, plots, plots_sweep, sweep_methods
 from tokzip_jax.evals.table import RowResult
 from tokzip_jax.types import VisualTokens
 
@@ -202,3 +202,37 @@ def test_retention_figure_without_rows_or_points(tmp_path):
         plots.retention_figure([], tmp_path / "x.png")
     plots.retention_figure(ROWS[:1], tmp_path / "only_a_line.png")
     assert (tmp_path / "only_a_line.png").exists()
+
+
+def test_every_method_of_a_sweep_is_in_one_column():
+    names = [line.name for line in methods.lines()] + list(sweep_methods.VARIANTS) + ["VoCo"]
+    kinds = {name: plots_sweep.kind(name) for name in names}
+    assert set(kinds.values()) == set(plots_sweep.KINDS)
+    expected = {
+        "baselines": ("random", "uniform", "downsample", "cls_attention", "cls_attention_lowest"),
+        "by attention": ("visionzip", "prumerge", "holov_restore"),
+        "by similarity": ("tome", "divprune_restore", "cdpruner"),
+        "in the language model": ("fastv", "sparsevlm_plus"),
+        "trained": ("qformer", "mlp_pool", "voco", "VoCo"),
+    }
+    assert {name: kinds[name] for column in expected.values() for name in column} == {
+        name: column for column, members in expected.items() for name in members
+    }
+
+
+def test_the_figure_of_a_sweep_joins_methods_and_shows_others_in_grey(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots_sweep.plots, "_save", lambda figure, path: drawn.append(figure))
+    costs = [("lower", None), ("random 4", 2e6), ("random 1", 1e6), ("fastv 32", 4e6), ("VoCo 1", 1e6)]
+    rows = [result(name, 1, 0.5, prefill_flops=flops, picture_flops=1e6) for name, flops in costs]
+    plots_sweep.flops_figure(rows, tmp_path / "x.png", lines=("lower",))
+    above, below = drawn[0].axes[:3], drawn[0].axes[3:]
+    assert [axes.get_title() for axes in above] == ["baselines", "in the language model", "trained"]
+    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in below]
+    assert labels == [["lower", "random"], ["lower", "fastv"], ["lower", "VoCo"]]
+    for axes, more in zip((above[0], below[0]), (0, 1e6)):
+        [line] = [line for line in axes.get_lines() if line.get_label() == "random"]
+        assert line.get_xdata().tolist() == [1e6 + more, 2e6 + more]
+        assert len([line for line in axes.get_lines() if line.get_color() == "0.86"]) == 2
+    with pytest.raises(ValueError, match="at least one row with prefill FLOPs"):
+        plots_sweep.flops_figure(rows[:1], tmp_path / "x.png", lines=())

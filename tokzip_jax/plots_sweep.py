@@ -1,4 +1,4 @@
-"""The figure of a sweep: accuracy against what a question costs, a line a method."""
+"""The figure of a sweep: accuracy against what a question costs, a line a method, methods of a kind side by side."""
 
 import os
 import re
@@ -6,23 +6,44 @@ from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from tokzip_jax import plots
 from tokzip_jax.evals.table import RowResult
+from tokzip_jax.methods import lines as known_methods
 from tokzip_jax.plots import COLOURS, LINE_STYLES, MARKERS
+from tokzip_jax.sweep_methods import VARIANTS
 
-# What a panel's horizontal axis is.
+# What a row of panels has as its horizontal axis.
 COSTS: dict[str, Callable[[RowResult], float | None]] = {
-    "FLOPs of the language model for a question (prefill)": lambda row: row.prefill_flops,
-    "and of its picture (tower, projector, VoCo's stage one)": lambda row: (
+    "FLOPs of a question's prefill": lambda row: row.prefill_flops,
+    "and of its picture (tower, projector,\nVoCo's stage one)": lambda row: (
         None if row.picture_flops is None or row.prefill_flops is None else row.prefill_flops + row.picture_flops
     ),
 }
+KINDS = ("baselines", "by attention", "by similarity", "in the language model", "trained")  # columns of panels
+
+
+def kind(method: str) -> str:
+    """The column of a method: of the encoder site baselines, and the others by their first class of the survey.
+
+    Args:
+        method: a name of a sweep, or of a run's own row, which stands for VoCo tokens.
+    """
+    found = {line.name: line for line in known_methods()}.get(VARIANTS.get(method, (method,))[0])
+    if found is None or found.trained:
+        return "trained"
+    if found.site == "decoder":
+        return "in the language model"
+    first = f"by {found.classes[0]}" if found.classes else ""
+    return first if first in KINDS and found.source != "baseline" else "baselines"
 
 
 def flops_figure(rows: Sequence[RowResult], path: str | os.PathLike[str], *, lines: Sequence[str]) -> None:
-    """Draw accuracy against prefill FLOPs, without and with those of the picture, the rows of a method joined; rows in
-    `lines` become horizontal lines.
+    """Draw accuracy against prefill FLOPs, above without and below with those of the picture.
+
+    There is a column of panels for every kind of method (`kind`), with the rows of a method joined, and those of all
+    other kinds in grey. Rows in `lines` become horizontal lines.
 
     Args:
         rows: of the sweep's table; those whose names differ in a number alone belong together.
@@ -39,14 +60,19 @@ def flops_figure(rows: Sequence[RowResult], path: str | os.PathLike[str], *, lin
     methods: dict[str, list[RowResult]] = {}
     for row in points:
         methods.setdefault(re.sub(r" \d+\b", "", row.method), []).append(row)
-    figure = Figure(figsize=(15.5, max(6.2, 0.17 * (len(methods) + len(bounds)))), layout="constrained")
-    panels = figure.subplots(1, len(COSTS), sharey=True)
-    for axes, (label, cost) in zip(panels, COSTS.items()):
-        _panel(axes, bounds, methods, cost)
-        axes.set_xlabel(label)
-    panels[0].set_ylabel("accuracy, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    kinds = {name: kind(name) for name in methods}
+    shown = [name for name in KINDS if name in kinds.values()]
+    figure = Figure(figsize=(1.5 + 3.3 * len(shown), 9.0), layout="constrained")
+    grid = figure.subplots(len(COSTS), len(shown), sharey=True, sharex="row", squeeze=False)
+    for panels, (label, cost) in zip(grid, COSTS.items()):
+        for axes, name in zip(panels, shown):
+            _panel(axes, bounds, methods, [method for method in methods if kinds[method] == name], cost)
+            axes.set_xlabel(label)
+        panels[0].set_ylabel("accuracy, %")
+    for axes, below, name in zip(*grid, shown):
+        axes.set_title(name)
+        handles, labels = axes.get_legend_handles_labels()
+        below.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False, fontsize=8)
     plots._save(figure, path)
 
 
@@ -54,25 +80,28 @@ def _panel(
     axes: Axes,
     bounds: Sequence[RowResult],
     methods: Mapping[str, Sequence[RowResult]],
+    shown: Sequence[str],
     cost: Callable[[RowResult], float | None],
 ) -> None:
     for number, row in enumerate(bounds):
         style = LINE_STYLES[number % len(LINE_STYLES)]
         axes.axhline(100 * row.accuracy, color="0.45", linestyle=style, linewidth=1.3, label=row.method, zorder=1)
-    for number, (name, members) in enumerate(methods.items()):
+    for name, members in methods.items():
         members = sorted((row for row in members if cost(row) is not None), key=cost)
-        axes.plot(
-            [cost(row) for row in members],
-            [100 * row.accuracy for row in members],
-            color=COLOURS[number % len(COLOURS)],
-            # The second round of colours goes with other markers than the first.
-            marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
-            linewidth=1.2,
-            markersize=6.5,
-            markeredgecolor="white",
-            label=name,
-            zorder=3,
-        )
+        number = shown.index(name) if name in shown else None
+        if number is None:
+            style = {"color": "0.86", "linewidth": 0.8, "marker": ".", "markersize": 3, "zorder": 2}
+        else:
+            style = {
+                "color": COLOURS[number % len(COLOURS)],
+                # The second round of colours goes with other markers than the first.
+                "marker": MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
+                **{"linewidth": 1.3, "markersize": 6.5, "markeredgecolor": "white", "label": name, "zorder": 3},
+            }
+        axes.plot([cost(row) for row in members], [100 * row.accuracy for row in members], **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="0.92", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
