@@ -324,6 +324,13 @@ def test_sites_compose():
             "decoder = 'fastv' drops vision tokens that text reads, but under voco_mask",
         ),
         ({"decoder": "sparsevlm", "decoder_form": "mask"}, "decoder_form = 'mask' adds no tokens"),
+        ({"decoder_scale": 1.0}, "decoder_scale = 1.0 is nothing that decoder = 'fastv' reads; leave it at 13.5"),
+        ({"decoder": "sparsevlm_paper", "decoder_scale": 0.4, "decoder_bias": 1.0}, "decoder_bias = 1.0 is nothing"),
+        ({"decoder": "sparsevlm_v1", "decoder_heads": 4}, "decoder_heads = 4 is nothing that decoder = 'sparsevlm_v1'"),
+        (
+            {"decoder": "none", "decoder_layers": (), "decoder_keep": (), "decoder_heads": 4},
+            "decoder_heads = 4 is nothing that decoder = 'none' reads",
+        ),
         ({"decoder": "sparsevlm_plus"}, "decoder_heads = 14 must lie between 1 and the model's 4 heads"),
         (
             {"decoder": "sparsevlm_v1", "decoder_scale": -1.0},

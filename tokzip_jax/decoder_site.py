@@ -22,7 +22,7 @@ from jax import lax
 from tokzip_jax import layout, llm
 from tokzip_jax.compress import decoder, sparsevlm
 from tokzip_jax.compress.decoder import DECODER, Step
-from tokzip_jax.compress.decoder_entry import Choice, Look, Setting
+from tokzip_jax.compress.decoder_entry import OPTIONS, Choice, Look, Setting
 from tokzip_jax.config import LlmConfig, MethodConfig, ModelConfig
 from tokzip_jax.layout import Layout
 from tokzip_jax.pictures import FAR, Places, at, first, shrink
@@ -71,6 +71,7 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
                 f"decoder_layers = {method.decoder_layers} and decoder_keep = {method.decoder_keep} need a decoder, "
                 f"one of {', '.join(map(repr, DECODER))}; with decoder = 'none' both must be empty"
             )
+        _check_options(method, ())
         return ()
     steps = decoder.steps(method.decoder, visual, method.decoder_layers, method.decoder_keep, depth=llm_cfg.layers)
     if method.voco_mask != "visible":
@@ -86,13 +87,24 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
         raise ValueError(
             f"decoder_form = 'mask' adds no tokens, but decoder = {method.decoder!r} merges some; use 'gather'"
         )
-    if method.decoder in ("sparsevlm_v1", "sparsevlm_paper"):
-        decoder.check_rank(method.decoder, method.decoder_scale, method.decoder_bias)
-    if method.decoder == "sparsevlm_plus" and not 1 <= method.decoder_heads <= llm_cfg.heads:
-        raise ValueError(
-            f"decoder_heads = {method.decoder_heads} must lie between 1 and the model's {llm_cfg.heads} heads"
-        )
+    _check_options(method, DECODER[method.decoder].options)
+    DECODER[method.decoder].check(_setting(method, llm_cfg, steps[-1].keep), llm_cfg.heads)
     return steps
+
+
+def _check_options(method: MethodConfig, read: tuple[str, ...]) -> None:
+    """Refuse an option that is set and not read."""
+    for key in (f"decoder_{name}" for name in OPTIONS if name not in read):
+        value, default = getattr(method, key), getattr(MethodConfig, key)
+        if value != default:
+            raise ValueError(
+                f"{key} = {value} is nothing that decoder = {method.decoder!r} reads; leave it at {default}"
+            )
+
+
+def _setting(method: MethodConfig, llm_cfg: LlmConfig, keep: int) -> Setting:
+    chosen = {name: getattr(method, f"decoder_{name}") for name in OPTIONS}
+    return Setting(keep=keep, head_dim=llm_cfg.head_dim, theta=llm_cfg.rope_theta, **chosen)
 
 
 def cuts(method: MethodConfig) -> tuple[int, ...]:
@@ -250,12 +262,4 @@ def _choose(
     seen = jax.vmap(look_at)(scores_BNRT, rows_BR, marks_BTI, places.slot, x_BTD, position_BT)
     attention, counts, tokens, offset = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in seen)
     look = Look(lax.stop_gradient(attention), counts, tokens, places.valid.reshape(-1, step.before), offset)
-    setting = Setting(
-        keep=step.keep,
-        scale=method.decoder_scale,
-        bias=method.decoder_bias,
-        heads=method.decoder_heads,
-        head_dim=cfg.llm.head_dim,
-        theta=cfg.llm.rope_theta,
-    )
-    return DECODER[method.decoder].choose(look, setting)
+    return DECODER[method.decoder].choose(look, _setting(method, cfg.llm, step.keep))

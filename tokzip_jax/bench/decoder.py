@@ -97,8 +97,8 @@ def method(name: str, cfg: ModelConfig) -> MethodConfig:
     schedule = cuts(name, cfg.llm.layers)
     keep = tuple(max(1, count * cfg.vit.patches // 576) for count in schedule.values())
     heads = min(MethodConfig.decoder_heads, cfg.llm.heads)
-    more = {"decoder_scale": 0.5} if name == "sparsevlm_paper" else {}
-    return MethodConfig(decoder=name, decoder_layers=tuple(schedule), decoder_keep=keep, decoder_heads=heads, **more)
+    more = {"sparsevlm_plus": {"decoder_heads": heads}, "sparsevlm_paper": {"decoder_scale": 0.5}}.get(name, {})
+    return MethodConfig(decoder=name, decoder_layers=tuple(schedule), decoder_keep=keep, **more)
 
 
 def rows(args: argparse.Namespace, vocabulary: int) -> dict[str, Array]:

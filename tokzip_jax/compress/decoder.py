@@ -1,6 +1,5 @@
 """The table of decoder-site methods: `DECODER`, name -> `Decoder`, made of the `ENTRIES` of the files listed here."""
 
-import math
 from typing import NamedTuple
 
 from tokzip_jax import listing
@@ -71,22 +70,3 @@ def steps(name: str, visual: int, layers: tuple[int, ...], keep: tuple[int, ...]
         found.append(Step(layer, kept, slots, merged, after))
         slots = after
     return tuple(found)
-
-
-def check_rank(name: str, scale: float, bias: float) -> None:
-    """Refuse settings of v1 under which nothing could ever be kept, and of the paper's rule what is no share.
-
-    Raises:
-        ValueError: naming `decoder_scale` (and `decoder_bias`).
-    """
-    if name == "sparsevlm_paper":
-        if not 0 <= scale <= 1:
-            raise ValueError(
-                f"decoder_scale = {scale} must lie between 0 and 1: decoder = 'sparsevlm_paper' deletes that share of "
-                "the tokens beyond the rank"
-            )
-        return
-    if not (0 <= scale < math.inf and 0 <= bias < math.inf and scale + bias > 0):
-        raise ValueError(
-            f"decoder_scale = {scale} and decoder_bias = {bias} must be >= 0 and finite, and one of them above 0"
-        )

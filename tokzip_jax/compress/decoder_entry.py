@@ -56,8 +56,15 @@ class Setting(NamedTuple):
     theta: float = 0.0
 
 
+OPTIONS = ("scale", "bias", "heads")  # of `Setting`, what a config sets (as `decoder_scale` and so on)
+
+
 def _no_merging(slots: int, keep: int) -> int:
     return 0
+
+
+def _all_settings(setting: Setting, heads: int) -> None:
+    """Nothing is refused."""
 
 
 class Decoder(NamedTuple):
@@ -69,6 +76,8 @@ class Decoder(NamedTuple):
             those that match it, `sparsevlm.raters`) or "prompt" (every token of the prompt).
         positions: "original" (position ids stay, with gaps) or "compact" (they are renumbered), as released.
         merged: merged(slots, keep) -> how many slots for merged tokens a cut adds.
+        options: those of `OPTIONS` that it reads; the others have to stay at their defaults in a config.
+        check: check(setting, heads of the model) raises a ValueError that names an option out of range.
         ahead: read the attention of the layer behind the cut instead of the layer before it.
         scaled: `sparsevlm.raters` are chosen by scaled products (paper).
         published: (the first layer that sees fewer tokens, how many) of 32 layers and 576 tokens. SparseVLM's cuts are
@@ -83,6 +92,8 @@ class Decoder(NamedTuple):
     rows: str
     positions: str
     merged: Callable[[int, int], int] = _no_merging
+    options: tuple[str, ...] = ()
+    check: Callable[[Setting, int], None] = _all_settings
     ahead: bool = False
     scaled: bool = False
     published: tuple[tuple[int, int], ...] = ()

@@ -246,6 +246,28 @@ def _sparsevlm_plus(look: Look, setting: Setting) -> Choice:
     return Choice(best(rate(weights, look.counts_GR), look.valid_GV, setting.keep))
 
 
+def _check_v1(setting: Setting, heads: int) -> None:
+    """Refuse settings under which nothing could ever be kept."""
+    scale, bias = setting.scale, setting.bias
+    if not (0 <= scale < math.inf and 0 <= bias < math.inf and scale + bias > 0):
+        raise ValueError(
+            f"decoder_scale = {scale} and decoder_bias = {bias} must be >= 0 and finite, and one of them above 0"
+        )
+
+
+def _check_paper(setting: Setting, heads: int) -> None:
+    if not 0 <= setting.scale <= 1:
+        raise ValueError(
+            f"decoder_scale = {setting.scale} must lie between 0 and 1: decoder = 'sparsevlm_paper' deletes that share "
+            "of the tokens beyond the rank"
+        )
+
+
+def _check_plus(setting: Setting, heads: int) -> None:
+    if not 1 <= setting.heads <= heads:
+        raise ValueError(f"decoder_heads = {setting.heads} must lie between 1 and the model's {heads} heads")
+
+
 _SHARED = {"rows": "text", "classes": ("attention", "query"), "source": "arXiv 2410.04417"}
 _BY_RANK = {
     "positions": "compact",
@@ -263,9 +285,14 @@ ENTRIES = {
         count="the budget, and merged ones",
         **_SHARED,
     ),
-    "sparsevlm_v1": Decoder(_sparsevlm_v1, **_BY_RANK),
-    "sparsevlm_paper": Decoder(_sparsevlm_paper, scaled=True, **_BY_RANK),
+    "sparsevlm_v1": Decoder(_sparsevlm_v1, options=("scale", "bias"), check=_check_v1, **_BY_RANK),
+    "sparsevlm_paper": Decoder(_sparsevlm_paper, scaled=True, options=("scale",), check=_check_paper, **_BY_RANK),
     "sparsevlm_plus": Decoder(
-        _sparsevlm_plus, positions="original", published=((3, 300), (7, 200), (16, 118)), **_SHARED
+        _sparsevlm_plus,
+        positions="original",
+        options=("heads",),
+        check=_check_plus,
+        published=((3, 300), (7, 200), (16, 118)),
+        **_SHARED,
     ),
 }
