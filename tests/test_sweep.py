@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import small_run
 
-from tokzip_jax import agreement, second_turn, sharding, step, sweep, sweep_report, sweep_run, sweep_times, training
+from tokzip_jax import (
+    agreement,
+    config_io,
+    second_turn,
+    sharding,
+    step,
+    sweep,
+    sweep_report,
+    sweep_run,
+    sweep_times,
+    training,
+)
 from tokzip_jax.config import AutoConfig, MeshConfig, MethodConfig, OptimConfig
 from tokzip_jax.data import sources
 from tokzip_jax.evals import table
@@ -261,6 +272,28 @@ def test_a_piece_of_a_sweep_renews_what_it_shares_with_others(run, monkeypatch):
     assert [[panel.title for panel in column] for column in panels] == [["downsample", "cls_attention", "cdpruner"]] * 2
 
 
+def test_what_was_measured_besides_stays_in_the_table(run):
+    cfg, workdir = run
+    folder = workdir.eval / "methods"
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    [line], _ = sweep.plan(cfg, ["downsample"], (1,))
+    row = json.loads(config_io.to_json(line.row))
+    (folder / "bf16.json").write_text(json.dumps({line.name: {"bf16_agreement": 0.25, "row": row}}))
+    found = []
+    for seed in (0, 1):  # as kept, and of another row
+        (folder / "second_turn.json").write_text(
+            json.dumps({line.name: {"kept": 0.5, "again": None, "row": {**row, "seeds": row["seeds"] + seed}}})
+        )
+        evaluate.run(workdir, methods=("downsample",), budgets=(1,))
+        table_of = {row["method"]: row for row in json.loads((folder / "summary.json").read_text())}
+        found.append([table_of[line.name][name] for name in ("bf16_agreement", "second_kept")])
+    for path in folder.glob("*.*"):
+        path.unlink()
+    for path, text in before.items():
+        path.write_bytes(text)
+    assert found == [[0.25, 0.5], [0.25, None]]
+
+
 def test_the_runs_own_voco_rows_stand_beside_the_others(run, tmp_path):
     """Out of its table, with the time of a question read from the cache; one that picks its number has none."""
     cfg, workdir = run
@@ -457,7 +490,8 @@ def test_bfloat16_keeps_nearly_the_same_places(run, monkeypatch, tmp_path):
         monkeypatch.setattr(SharedRunner, "encode", changed)
         assert agreement.measure(line, runner, dataclasses.replace(runner)) < 1
     monkeypatch.setattr(agreement, "measure", None)
-    assert agreement.measure_all(work, tmp_path) == found
+    for missing in (True, False):
+        assert agreement.measure_all(work, tmp_path, missing=missing) == found
 
 
 def test_second_turns_of_every_line_are_kept(run, monkeypatch, tmp_path):
@@ -468,6 +502,7 @@ def test_second_turns_of_every_line_are_kept(run, monkeypatch, tmp_path):
     numbers = {"kept": 0.5, "again": None, "questions": 4}
     monkeypatch.setattr(second_turn, "measure", lambda runner, line: read.append(line.row.stage) or numbers)
     columns = {"second_kept": 0.5, "second_again": None}
+    assert second_turn.measure_all(work, tmp_path, missing=False) == {}
     for _ in range(2):
         assert second_turn.measure_all(work, tmp_path) == dict.fromkeys(("cls_attention 1", "nested_pool 1"), columns)
     assert read == ["base", "nested_pool-lr0.001-seed0"]

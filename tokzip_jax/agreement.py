@@ -54,11 +54,12 @@ def measure(line: Line, runner: SharedRunner, other: SharedRunner) -> float | No
     return float(np.mean(shares)) if shares else None
 
 
-def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float | None]]:
+def measure_all(work: Work, folder: pathlib.Path, *, missing: bool = True) -> dict[str, dict[str, float | None]]:
     """The column of every encoder-site line, {name: {"bf16_agreement": ...}}; what was measured is kept in
-    `bf16.json`."""
+    `bf16.json`, and without `missing` nothing else is in it."""
     lines = {line.name: line for line in work.lines if line.row.method.encoder != "none" and not line.training}
-    work.base.rows()  # the pictures are there then
+    if missing:
+        work.base.rows()  # the pictures are there then
     shared = {name: getattr(work.base.memory, name) for name in ("signals", "images", "batches")}
     memory = Memory(**shared)
 
@@ -71,4 +72,4 @@ def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float |
         return {"bf16_agreement": found}
 
     rows = {name: line.row for name, line in lines.items()}
-    return sweep_columns.measured(work.workdir, folder / "bf16.json", rows, one, again=work.again)
+    return sweep_columns.measured(work.workdir, folder / "bf16.json", rows, one, again=work.again, missing=missing)

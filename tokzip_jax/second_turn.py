@@ -66,9 +66,9 @@ def check(runner: SharedRunner) -> None:
         raise ValueError("--second_turn needs pictures with two questions, and this split has none")
 
 
-def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float | None]]:
+def measure_all(work: Work, folder: pathlib.Path, *, missing: bool = True) -> dict[str, dict[str, float | None]]:
     """The columns of every line, {name: {"second_kept": ..., "second_again": ...}}; what was measured is kept in
-    `second_turn.json`."""
+    `second_turn.json`, and without `missing` nothing else is in it."""
     runners = {line.name: work.runner(line) for line in work.lines}
     read = {line.name: dataclasses.replace(line, row=runners[line.name].cfg.rows[line.name]) for line in work.lines}
 
@@ -78,6 +78,7 @@ def measure_all(work: Work, folder: pathlib.Path) -> dict[str, dict[str, float |
         return found
 
     rows = {name: line.row for name, line in read.items()}
-    known = sweep_columns.measured(work.workdir, folder / "second_turn.json", rows, one, again=work.again)
+    path, again = folder / "second_turn.json", work.again
+    known = sweep_columns.measured(work.workdir, path, rows, one, again=again, missing=missing)
     names = {"second_kept": "kept", "second_again": "again"}
     return {line: {key: values[name] for key, name in names.items()} for line, values in known.items()}

@@ -19,6 +19,7 @@ def measured(
     measure: Callable[[str], dict[str, Any]],
     *,
     again: bool = False,
+    missing: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """What `measure` says of every row, by name.
 
@@ -28,20 +29,34 @@ def measured(
         rows: what each name stands for; a row that has changed is measured again.
         measure: measure(name) -> values by name, which JSON can hold.
         again: also measure what the file holds.
+        missing: measure what it does not hold; False: what there is.
     """
+    if not missing:
+        kept = {name: values for name, values in _read(path).items() if name in rows}
+        return {name: _columns(values) for name, values in kept.items() if values["row"] == _row(rows[name])}
     found = {}
     pieces = {f"{path.stem} {name}": name for name in rows}
     for piece in workdir.in_turn(pieces):
         name = pieces[piece]
-        row = json.loads(config_io.to_json(rows[name]))
+        row = _row(rows[name])
         kept = _read(path).get(name)
         if again or kept is None or kept["row"] != row:
             kept = {**measure(name), "row": row}
             with workdir.hold(path.stem):
                 if jax.process_index() == 0:
                     write_atomically(path, json.dumps(_read(path) | {name: kept}, indent=2) + "\n")
-        found[name] = {key: value for key, value in kept.items() if key != "row"}
+        found[name] = _columns(kept)
     return {name: found[name] for name in rows}
+
+
+def _row(row: RowConfig) -> dict[str, Any]:
+    """As JSON holds it."""
+    found: dict[str, Any] = json.loads(config_io.to_json(row))
+    return found
+
+
+def _columns(kept: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kept.items() if key != "row"}
 
 
 def _read(path: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -237,8 +237,8 @@ def make(
     say(f"{len(lines)} rows, of which {len(stages)} stages have to be trained; {len(refused)} budgets that cannot be")
     for rows in work.rows():
         written = sweep_report.write(work, rows, refused)
-    for measure_all in (second_turn.measure_all,) * second + (agreement.measure_all,) * bf16:
-        columns = measure_all(work, part(workdir).eval)
+    for measure_all, asked_for in ((second_turn.measure_all, second), (agreement.measure_all, bf16)):
+        columns = measure_all(work, part(workdir).eval, missing=asked_for)
         rows = [dataclasses.replace(row, **columns.get(row.method, {})) for row in rows]
         written = sweep_report.write(work, rows, refused)
     with workdir.hold("table of methods"):
