@@ -143,6 +143,27 @@ def test_rate_seed_and_length_are_data_of_one_program(tmp_path):
     assert keys[2] != keys[0]
 
 
+def test_stages_from_which_nothing_begins_come_last_and_are_shared(tmp_path, monkeypatch):
+    """Both at once, though neither is studied; what others begin from comes first of all."""
+    cfg = config(str(tmp_path))
+    once = {name: cfg.stages["voco"] for name in ("far", "further")}
+    plain = dataclasses.replace(cfg.study, equal_time="")
+    cfg = dataclasses.replace(cfg, stages={**cfg.stages, **once}, study=plain)
+    trained = {"base"}
+    monkeypatch.setattr(study, "finished", lambda directory: 1 if directory.rsplit("/", 1)[1] in trained else None)
+    monkeypatch.setattr(study.Study, "_measure", lambda self, variant: None)
+    monkeypatch.setattr(study.Study, "rate", lambda self, stage: RATES[1])
+    monkeypatch.setattr(study.time, "sleep", None)
+    mesh = sharding.make_mesh(cfg.mesh)
+    one, other = (Study(cfg, Workdir(tmp_path / "run"), mesh).trainings() for _ in range(2))
+    order = [next(one)[1]]
+    while order[-1] not in once:
+        trained.add(order[-1])
+        order.append(next(one)[1])
+    searched = [f"{stage}-lr{rate:g}-seed0" for stage in cfg.study.stages for rate in RATES]
+    assert order[: len(searched)] == searched and order[-1] == "far" and next(other)[1] == "further"
+
+
 def test_two_processes_share_the_trainings(tmp_path, monkeypatch):
     """What one has taken the other one leaves; it waits where it needs what the other one finds."""
     cfg, ready, waits = config(str(tmp_path)), set(), []

@@ -123,13 +123,17 @@ class Study:
             The study's config with the stage in it, and the name of the stage.
         """
         cfg = self.cfg
-        for name in stage_order(cfg):
-            # A stage that only says how long a training takes is none of this study.
-            if name not in (*cfg.study.stages, cfg.study.equal_time):
+        # A stage that only says how long a training takes is none of this study.
+        once = [name for name in stage_order(cfg) if name not in (*cfg.study.stages, cfg.study.equal_time)]
+        origins = {stage.init_from for stage in cfg.stages.values()}
+        for name in once:
+            if name in origins:
                 yield from self._shared({name: cfg})
         for variants in (self.searched, self.repeated, self.timed):
             if variants != self.timed or cfg.study.equal_time:
                 yield from self._all([variant for name in cfg.study.stages for variant in variants(name)])
+        # From these nothing begins: no process has to wait for one, and all are shared out.
+        yield from self._shared({name: cfg for name in once if name not in origins})
 
     def _all(self, variants: list[Variant]) -> Iterator[tuple[RunConfig, str]]:
         """Those variants that are not trained yet; each is measured by the process that has trained it."""
