@@ -26,6 +26,7 @@ from jax import lax
 from tokzip_jax.compress import ops
 from tokzip_jax.compress.decoder_entry import Choice, Decoder, Look, Setting
 from tokzip_jax.compress.fastv import best
+from tokzip_jax.compress.singular import singular_values
 from tokzip_jax.types import Array
 
 
@@ -69,7 +70,7 @@ def attention_rank(attention_BRV: Array, rater_BR: Array, valid_BV: Array) -> Ar
     Singular values count above max(raters, tokens) * eps * the largest, as in `torch.linalg.matrix_rank`.
     """
     used = rater_BR[:, :, None] & valid_BV[:, None, :]
-    values_BR = jnp.linalg.svd(jnp.where(used, attention_BRV.astype(jnp.float32), 0.0), compute_uv=False)
+    values_BR = singular_values(jnp.where(used, attention_BRV.astype(jnp.float32), 0.0))
     size_B = jnp.maximum(jnp.sum(rater_BR, axis=1), jnp.sum(valid_BV, axis=1))
     least_B = values_BR[:, 0] * size_B * jnp.finfo(jnp.float32).eps
     return jnp.sum(values_BR > least_B[:, None], axis=1, dtype=jnp.int32)
