@@ -23,7 +23,7 @@ LONGER, LONGEST = 2, 10  # times the study's steps: what is compared, and one to
 CELLS = 4  # along a side of 8 patches
 GRIDS = {1: 1, 4: 2}  # tokens -> side of the grid that pooling makes as many with
 NAMES = {"voco": "VoCo {}", "cells": "VoCo {} + cells", "pooled": "average pooling {}"}
-FAR = {"cellsfar": "cells1", "pooledfar": "pooled1"}  # longest trainings, and of what
+FAR = {"cellsfar": "cells", "pooledfar": "pooled"}  # longest trainings of one token, and of which kind
 
 
 def get_config(pictures="runs/scenes"):
@@ -34,7 +34,7 @@ def get_config(pictures="runs/scenes"):
 def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
     """The config as dataclasses."""
     given, compared = scenes.run_config(), stages()
-    far = {name: dataclasses.replace(compared[of], steps=LONGEST * scenes.STEPS) for name, of in FAR.items()}
+    far = {name: dataclasses.replace(compared[f"{of}1"], steps=LONGEST * scenes.STEPS) for name, of in FAR.items()}
     # The study's model, taken over by a step at learning rate 0.
     still = dataclasses.replace(scenes.OPTIM, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
     origin = f"{pictures}/checkpoints/base"
@@ -67,7 +67,7 @@ def stages() -> dict[str, c.StageConfig]:
 def rows(trained: dict[str, c.StageConfig]) -> dict[str, c.RowConfig]:
     """The table, top to bottom."""
     named = {name.format(count): f"{stage}{count}" for count in GRIDS for stage, name in NAMES.items()}
-    named |= {f"{NAMES[of[:-1]].format(1)}, {LONGEST} times the steps": name for name, of in FAR.items()}
+    named |= {f"{NAMES[of].format(1)}, {LONGEST} times the steps": name for name, of in FAR.items()}
     read = {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}
     lower = c.RowConfig(method=c.MethodConfig(voco=1, voco_mask="voco"))
     return {"question-only prior": c.RowConfig(stage=""), "lower": lower, **read, "upper": c.RowConfig()}

@@ -331,6 +331,10 @@ def test_sites_compose():
             {"decoder": "none", "decoder_layers": (), "decoder_keep": (), "decoder_heads": 4},
             "decoder_heads = 4 is nothing that decoder = 'none' reads",
         ),
+        (
+            {"decoder": "none", "decoder_layers": (), "decoder_keep": (), "decoder_form": "mask"},
+            "decoder_form = 'mask' is nothing that decoder = 'none' reads; leave it at 'gather'",
+        ),
         ({"decoder": "sparsevlm_plus"}, "decoder_heads = 14 must lie between 1 and the model's 4 heads"),
         (
             {"decoder": "sparsevlm_v1", "decoder_scale": -1.0},

@@ -57,6 +57,23 @@ FEWER = {"prumerge_plus", "holov"}  # may leave slots empty
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
+def test_merged_patches_are_scored_over_the_whole_picture_in_a_tower_of_windows():
+    """Within windows of a group's size all groups would score alike, and the first ones be kept of every picture."""
+    rng = np.random.default_rng(3)
+    names = ("last_queries_BSD", "last_keys_BSD")
+    signals = {name: rng.normal(size=(6, 65, 8)).astype(np.float32) for name in names}
+    patches = rng.normal(size=(6, 64, 5)).astype(np.float32)
+    tower = Tower(rows=8, columns=8, cls=True, heads=2, window=2)
+    entry = ENCODER["visionzip_merged"]
+    found = entry.function(VisionFeatures(patches, patches[:, 0], signals), Ask(4, entry.options(), tower, None))
+    queries, keys = (signals[name][:, 1:].reshape(6, 64, 2, 4) for name in names)
+    weight = np.exp(np.einsum("bqnh,bknh->bnqk", queries, keys) / 2)
+    score = (weight / weight.sum(axis=3, keepdims=True)).mean(axis=(1, 2)).reshape(6, 4, 2, 4, 2).mean(axis=(2, 4))
+    groups = np.sort(np.argsort(-score.reshape(6, 16), axis=1)[:, :4], axis=1)
+    np.testing.assert_array_equal(found.position_BM, groups // 4 * 16 + groups % 4 * 2)
+    assert len(np.unique(groups, axis=0)) == 6
+
+
 def asked(question):
     """A row: a picture, its question, an answer."""
     return [[tiny.BOS, IMAGE_ID], (question, {"thread": 1}), ([9, 2], {"thread": 1, "supervised": True})]

@@ -36,6 +36,15 @@ def test_they_are_those_of_double_precision(rows, columns):
     assert (np.abs(found - wanted) <= 2e-6 * wanted[:, :1]).all()
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 64), (65, 300)])
+def test_ranks_are_numpys(rows, columns):
+    x = matrices(rows, columns)[:4]
+    everything = np.ones((len(x), rows), bool), np.ones((len(x), columns), bool)
+    found = np.asarray(attention_rank(jnp.asarray(x), *everything))
+    np.testing.assert_array_equal(found, [np.linalg.matrix_rank(one) for one in x])
+    assert found.tolist() == [rows, rows // 3, 1, 0]
+
+
 def test_pictures_do_not_depend_on_one_another():
     x = jnp.asarray(matrices(6, 16))
     alone = np.concatenate([singular_values(one[None]) for one in x])

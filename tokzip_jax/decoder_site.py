@@ -94,11 +94,13 @@ def check(method: MethodConfig, visual: int, llm_cfg: LlmConfig) -> tuple[Step, 
 
 def _check_options(method: MethodConfig, read: tuple[str, ...]) -> None:
     """Refuse an option that is set and not read."""
-    for key in (f"decoder_{name}" for name in OPTIONS if name not in read):
+    unread = [name for name in OPTIONS if name not in read]
+    unread += ["form", "positions"] if method.decoder == "none" else []
+    for key in (f"decoder_{name}" for name in unread):
         value, default = getattr(method, key), getattr(MethodConfig, key)
         if value != default:
             raise ValueError(
-                f"{key} = {value} is nothing that decoder = {method.decoder!r} reads; leave it at {default}"
+                f"{key} = {value!r} is nothing that decoder = {method.decoder!r} reads; leave it at {default!r}"
             )
 
 

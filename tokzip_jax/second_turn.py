@@ -18,6 +18,8 @@ from tokzip_jax.metrics import say
 from tokzip_jax.sweep import Line
 from tokzip_jax.workdir import Workdir
 
+FILE = "second_turn.json"
+
 
 class Work(Protocol):
     """What is read of a `sweep_run.Sweep`."""
@@ -69,6 +71,8 @@ def check(runner: SharedRunner) -> None:
 def measure_all(work: Work, folder: pathlib.Path, *, missing: bool = True) -> dict[str, dict[str, float | None]]:
     """The columns of every line, {name: {"second_kept": ..., "second_again": ...}}; what was measured is kept in
     `second_turn.json`, and without `missing` nothing else is in it."""
+    if not missing and not (folder / FILE).exists():
+        return {}
     runners = {line.name: work.runner(line) for line in work.lines}
     read = {line.name: dataclasses.replace(line, row=runners[line.name].cfg.rows[line.name]) for line in work.lines}
 
@@ -78,7 +82,7 @@ def measure_all(work: Work, folder: pathlib.Path, *, missing: bool = True) -> di
         return found
 
     rows = {name: line.row for name, line in read.items()}
-    path, again = folder / "second_turn.json", work.again
+    path, again = folder / FILE, work.again
     known = sweep_columns.measured(work.workdir, path, rows, one, again=again, missing=missing)
     names = {"second_kept": "kept", "second_again": "again"}
     return {line: {key: values[name] for key, name in names.items()} for line, values in known.items()}

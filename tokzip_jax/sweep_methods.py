@@ -64,7 +64,8 @@ def _published(model: ModelConfig, known: str, tokens: int) -> dict[str, Any]:
         if share := field.metadata["share"]:
             options[field.name] = round(share * tokens)
     if known == "dart":
-        options["pivots"] = min(compress.options(known, {}).pivots, tokens)
+        # Of few tokens a quarter: were all of them pivots, nothing would be chosen by how unlike them it is.
+        options["pivots"] = min(compress.options(known, {}).pivots, max(1, tokens // 4))
     if "neighbours" in options:
         options["neighbours"] = min(options["neighbours"], max(1, patches - tokens))
     return options

@@ -86,7 +86,7 @@ METHODS = {
     "prumerge": Method(functools.partial(_prumerge, compress.prumerge)),
     "prumerge_plus": Method(functools.partial(_prumerge, compress.prumerge_plus)),
     "folder": Method(lambda x, n: compress.folder(x.patches_BPD, tokens=n)),
-    "tome": Method(lambda x, n: compress.tome(x.patches_BPD, x.keys_BSH[:, 1:], tokens=n)),
+    "tome_features": Method(lambda x, n: compress.tome(x.patches_BPD, x.keys_BSH[:, 1:], tokens=n)),
     "vispruner": Method(lambda x, n: compress.vispruner(x.patches_BPD, x.cls_attention_BP, tokens=n), "greedy"),
     "cls_attention": Method(lambda x, n: compress.cls_attention(x.patches_BPD, x.cls_attention_BP, tokens=n)),
     "holov": Method(

@@ -9,9 +9,9 @@ attention. How many centres there are depends on the picture: they are static sl
                          full width of the last block's queries and keys (`giant_attention`).
              "paper":    weighted average of the centre and neighbours from among the patches that are no centres; no
                          further token. The paper reads the second-to-last block: give that block's signals.
-    count    "sample":   every picture counts its own outliers, as the released code does for one picture.
+    count    "sample":   every picture counts its own outliers, as the released code means to for one picture.
              "batch":    released: quartiles of the whole batch and one number for all (rounded down in float64, which
-                         loses one for a few P). Pictures then depend on their neighbours in the batch.
+                         loses one for a few P, of one picture too). Pictures then depend on others of a batch.
              "fixed":    the released branch for training: as many centres as there are slots.
     repeats  "official": in PruMerge+ with a fixed count, a grid patch that is an outlier too becomes two centres, and
                          as many of the lowest other patches are forgotten. "none": the grid first, then outliers.

@@ -2,8 +2,8 @@
 
 LAPACK's, as JAX calls it on a CPU, waits on a thread of the pool that it hands its own work to: two programs at once on
 two cores wait for one another for ever. Householder reflections and one-sided Jacobi rotations (Hestenes, 1958) need
-products and sums alone, run on any device, and are as exact in small singular values as float32 allows, where the
-eigenvalues of a matrix times its transpose lose half of the digits. That decides: a rank counts values next to nothing.
+products and sums alone and run on any device. They are exact to 1e-6 of the largest value, where the eigenvalues of
+a matrix times its transpose lose half of the digits. That decides: a rank counts all values above 1e-7 times a side.
 """
 
 import functools

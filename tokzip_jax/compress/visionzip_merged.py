@@ -124,11 +124,14 @@ def group_of(rows: int, columns: int, side: int) -> np.ndarray:
 
 
 def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
-    """On a tower that does not merge patches itself: a group's token is the average of its patches."""
+    """On a tower that does not merge patches itself: a group's token is the average of its patches.
+
+    The released score is that of a block in which all patches see one another; so it is here in a tower of windows too.
+    Within windows of a group's size every group would receive as much as every other one.
+    """
     tower, options = ask.tower, ask.options
     group_P = group_of(tower.rows, tower.columns, options.side)
     by_group_P = np.argsort(group_P, kind="stable")
-    window_P = group_of(tower.rows, tower.columns, tower.window) + 1 if tower.window else None
     batch, patches, width = features.patches_BPD.shape
 
     def heads(name: str) -> Array:
@@ -136,8 +139,7 @@ def _apply(features: VisionFeatures, ask: Ask) -> VisualTokens:
         return x_BPD.reshape(batch, patches, tower.heads, -1).swapaxes(1, 2)
 
     queries, keys = heads("last_queries_BSD"), heads("last_keys_BSD")
-    segment = None if window_P is None else jnp.broadcast_to(jnp.asarray(window_P)[None], (batch, patches))
-    score_BP = ops.received_attention(queries, keys, segment_BS=segment)
+    score_BP = ops.received_attention(queries, keys)
     keys_BPH = jnp.mean(keys.astype(jnp.float32), axis=1)
     grouped = features.patches_BPD[:, by_group_P].astype(jnp.float32)
     tokens_BGD = jnp.mean(grouped.reshape(batch, -1, options.side**2, width), axis=2).astype(features.patches_BPD.dtype)
@@ -185,7 +187,7 @@ ENTRIES = {
         options=Options,
         signals=("last_queries_BSD", "last_keys_BSD"),
         classes=("attention", "similarity"),
-        reads="attention that patches receive in the last block, keys",
+        reads="attention that patches would receive in the last block, keys",
         source="arXiv 2412.04467",
     )
 }
