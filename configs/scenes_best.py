@@ -67,7 +67,7 @@ def stages() -> dict[str, c.StageConfig]:
 def rows(trained: dict[str, c.StageConfig]) -> dict[str, c.RowConfig]:
     """The table, top to bottom."""
     named = {name.format(count): f"{stage}{count}" for count in GRIDS for stage, name in NAMES.items()}
-    named |= {f"{NAMES[of].format(1)}, {LONGEST} times the steps": name for name, of in FAR.items()}
+    named |= {f"{NAMES[of].format(1)}, long": name for name, of in FAR.items()}
     read = {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}
     lower = c.RowConfig(method=c.MethodConfig(voco=1, voco_mask="voco"))
     return {"question-only prior": c.RowConfig(stage=""), "lower": lower, **read, "upper": c.RowConfig()}
