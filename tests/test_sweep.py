@@ -171,6 +171,8 @@ def test_every_method_has_a_row_at_some_budget():
     # Published for 576 patches: 32 neighbours, 16 crops, 13.5 tokens a rank.
     assert rows["prumerge 16"].options == {"neighbours": 4} and rows["holov 16"].options == {"crops": 2}
     assert rows["sparsevlm_v1 32"].decoder_scale == 1.5
+    # Of few tokens some are chosen by how unlike the pivots they are.
+    assert [rows[f"dart {tokens}"].options["pivots"] for tokens in (1, 4, 16)] == [1, 1, 4]
 
 
 def test_the_runs_own_variants_are_not_taken_for_the_method(tmp_path):
