@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokzip_jax import methods, plots, plots_sweep, sweep_methods
+from tokzip_jax import methods, plots, plots_accuracy, plots_sweep, sweep_methods
 from tokzip_jax.evals.table import RowResult
 from tokzip_jax.types import VisualTokens
 
@@ -145,13 +145,13 @@ def test_kept_tokens_figure_refuses(pictures, panels, message, tmp_path):
 
 
 def test_retention_figure(tmp_path, figures):
-    plots.retention_figure(ROWS, tmp_path / "figures" / "retention.png")
+    plots_accuracy.retention_figure(ROWS, tmp_path / "figures" / "retention.png")
     assert width(tmp_path / "figures" / "retention.png") > 600
     left, right = figures[0].axes
     assert (left.get_xscale(), left.get_title(), right.get_title()) == (
         *("log", "all questions", "without yes/no questions"),
     )
-    assert left.get_legend_handles_labels()[1] == ["prior", "lower", "upper", "voco", "random", "upper_official"]
+    assert left.get_legend_handles_labels()[1] == ["prior", "lower", "upper", "voco", "random_16", "upper_official"]
     lines = {line.get_label(): line for line in left.lines if not line.get_label().startswith("_")}
     assert lines["prior"].get_ydata()[0] == pytest.approx(67)
     voco, *_ = next(box for box in left.containers if box.get_label() == "voco")
@@ -162,14 +162,69 @@ def test_retention_figure(tmp_path, figures):
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "4", "16", "65"]
     mean = result("auto", 1.93, 0.9)
     for rows, ticks in (([*ROWS, mean], ["1", "4", "16", "65"]), ([mean], ["1.93"])):
-        plots.retention_figure(rows, tmp_path / "means.png")
+        plots_accuracy.retention_figure(rows, tmp_path / "means.png")
         assert [tick.get_text() for tick in figures[-1].axes[0].get_xticklabels()] == ticks
+
+
+def test_families_are_rows_whose_names_differ_in_one_number():
+    names = ["VoCo 1", "VoCo 4, shuffled", "VoCo 2", "unshuffle 2 at 4", "unshuffle 2 at 16", "kl 0.5 long"]
+    names += ["VoCo 1, shuffled", "mlp 2 @4", "mlp 3 @4", "mlp 2 @16", "16", "4"]
+    joined = plots_accuracy.families([result(name, 4, 0.5) for name in names])
+    assert {name: [row.method for row in members] for name, members in joined.items()} == {
+        "VoCo": ["VoCo 1", "VoCo 2"],
+        "VoCo, shuffled": ["VoCo 4, shuffled", "VoCo 1, shuffled"],
+        "unshuffle 2 at": ["unshuffle 2 at 4", "unshuffle 2 at 16"],
+        "kl 0.5 long": ["kl 0.5 long"],
+        "mlp 2": ["mlp 2 @4", "mlp 2 @16"],
+        "mlp 3": ["mlp 3 @4"],
+        "16": ["16"],
+        "4": ["4"],
+    }
+
+
+def test_a_panel_for_each_type_of_question(tmp_path, figures):
+    """Two types, of which one row answers one alone; a variant of a family looks like it, but hollow and dashed."""
+    scores = {"VoCo 1": (0.9, 0.4), "VoCo 4": (0.95, 0.6), "VoCo 4, shuffled": (0.5, 0.3), "upper": (1.0, 0.7)}
+    rows = [dataclasses.replace(ROWS[0], accuracy_by_type={"order": 0.2})]
+    for name, values in scores.items():
+        row = result(name, 4 if "4" in name else 1, 0.5, spread=0.1)
+        rows.append(dataclasses.replace(row, accuracy_by_type=dict(zip(("order", "count"), values))))
+    plots_accuracy.types_figure(rows, tmp_path / "types.png", lines=("prior", "upper"))
+    count, order = figures[0].axes
+    assert (count.get_title(), order.get_title()) == ("count", "order")
+    for axes, values in ((count, [40, 60]), (order, [90, 95])):
+        voco, shuffled = axes.containers
+        assert list(voco[0].get_ydata()) == pytest.approx(values) and not voco.has_yerr
+        assert voco[0].get_color() == shuffled[0].get_color() and voco[0].get_marker() == shuffled[0].get_marker()
+        assert (voco[0].get_linestyle(), shuffled[0].get_linestyle()) == ("-", "--")
+        assert (voco[0].get_markerfacecolor(), shuffled[0].get_markerfacecolor()) == (voco[0].get_color(), "white")
+    for axes, levels in ((count, [70]), (order, [20, 100])):
+        found = [line.get_ydata()[0] for line in axes.lines if line.get_label() in ("prior", "upper")]
+        assert found == pytest.approx(levels)
+    with pytest.raises(ValueError, match="at least one row with accuracies by type"):
+        plots_accuracy.types_figure(ROWS, tmp_path / "none.png")
+
+
+def test_titles_are_as_wide_as_their_panels(tmp_path, figures):
+    """A single narrow column with a long title: in lines, inside of the figure and above the panel."""
+    title = "4 VoCo tokens from the cells of a grid: where each token looks"
+    narrow = plots.LooksPanel(title, np.random.default_rng(0).random((2, 2, 16)))
+    for panel in (narrow, dataclasses.replace(PANEL, title="a selector with quite a long name, and then some more")):
+        plots.kept_tokens_figure(PICTURES[:1], [[panel]], tmp_path / "narrow.png")
+        figure = figures[-1]
+        figure.draw_without_rendering()
+        titled = [axes for axes in figure.axes if axes.get_title() not in ("", "picture")]
+        [box] = [axes.title.get_window_extent() for axes in titled]
+        right, top = figure.canvas.get_width_height()
+        assert box.x0 >= 0 and box.x1 <= right and box.y1 <= top
+        assert box.y0 >= max(axes.get_window_extent().y1 for axes in figure.axes)
+        assert titled[0].get_title().replace("\n", " ").startswith(panel.title)
 
 
 def test_no_two_labels_of_the_retention_figure_overlap(tmp_path, figures):
     rows = [*ROWS, *[result(f"visionzip_{n}", n, 0.9) for n in (14, 15, 17, 60, 64)]]
     rows = [*rows, *[result(f"a_rather_long_name_of_kind_{c}", 2, 0.9) for c in "abcdef"]]
-    plots.retention_figure(rows, tmp_path / "retention.png")
+    plots_accuracy.retention_figure(rows, tmp_path / "retention.png")
     (figure,) = figures
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.legends[0].get_texts()]
@@ -188,7 +243,7 @@ def test_the_legend_is_inside_of_the_figure(tmp_path, figures):
     columns = []
     for number, word in enumerate(("a", "trained with a loss of its own and another one of its teacher")):
         rows = [*ROWS, *(result(f"{word} {letter}", 2, 0.9) for letter in "bcdefghij")]
-        plots.retention_figure(rows, tmp_path / f"{number}.png")
+        plots_accuracy.retention_figure(rows, tmp_path / f"{number}.png")
         figures[number].draw_without_rendering()
         [legend] = figures[number].legends
         box = legend.get_window_extent()
@@ -199,8 +254,8 @@ def test_the_legend_is_inside_of_the_figure(tmp_path, figures):
 
 def test_retention_figure_without_rows_or_points(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
-        plots.retention_figure([], tmp_path / "x.png")
-    plots.retention_figure(ROWS[:1], tmp_path / "only_a_line.png")
+        plots_accuracy.retention_figure([], tmp_path / "x.png")
+    plots_accuracy.retention_figure(ROWS[:1], tmp_path / "only_a_line.png")
     assert (tmp_path / "only_a_line.png").exists()
 
 

@@ -1,26 +1,22 @@
-"""The two figures of a run: accuracy against visual tokens, and what a compressor kept of real pictures.
+"""The figure of what a compressor kept of real pictures; and what all figures share: colours, markers, saving.
 
 Figures are made without pyplot, so that nothing global (backend, open figures) is touched; a PNG needs no display.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
-import re
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import NullLocator
 
-from tokzip_jax.evals.table import RowResult, token_count
 from tokzip_jax.types import VisualTokens
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; every family has a marker of its own as well.
@@ -28,6 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = "osD^vPX*"
 TITLE_SIZE = 9
 SIDE_BY_SIDE = 8  # panels that a page has room for
+HEIGHT, LINE, LETTER = 1.75, 0.17, 0.082  # inches: of a picture, of a line of a title, and across a letter of one
 MERGED_ALPHA = 0.55
 LINE_STYLES = ((0, (1, 1.5)), (0, (5, 2)), "-", (0, (5, 1.5, 1, 1.5)))
 
@@ -60,111 +57,6 @@ def kept_panel(title: str, tokens: VisualTokens, row: int) -> KeptPanel:
     return KeptPanel(title, *(np.asarray(x[row]) for x in (tokens.position_BM, tokens.valid_BM, tokens.source_BP)))
 
 
-def retention_figure(
-    rows: Sequence[RowResult], path: str | os.PathLike[str], *, lines: Sequence[str] = ("prior", "lower", "upper")
-) -> None:
-    """Draw accuracy against visual tokens: over all questions, and beside it without yes/no questions.
-
-    Rows named in `lines`, and rows that have no number of tokens, become horizontal lines (names that are no row are
-    passed over). The others become points, joined within a family: the rows whose names differ in a number only.
-
-    Args:
-        rows: the lines of the results table.
-        path: of the PNG; its directory is made where it is missing.
-        lines: names of rows that are bounds.
-
-    Raises:
-        ValueError: there is no row.
-    """
-    if not rows:
-        raise ValueError("the retention figure needs at least one row of results")
-    measures = {"all questions": "accuracy", "without yes/no questions": "accuracy_not_yes_no"}
-    measures = {name: key for name, key in measures.items() if any(getattr(row, key) is not None for row in rows)}
-    bounds = [row for row in rows if row.method in lines or not row.visual_tokens]
-    families: dict[str, list[RowResult]] = {}
-    for row in rows:
-        if row not in bounds:
-            families.setdefault(_family(row.method), []).append(row)
-
-    figure = Figure(figsize=(1 + 4.4 * len(measures), 4.6), layout="constrained")
-    every = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axes, (name, key) in zip(every, measures.items()):
-        _draw_bounds(axes, bounds, key)
-        _draw_families(axes, families, key)
-        _token_axis(axes, [row.visual_tokens for members in families.values() for row in members])
-        axes.set(title=name, xlabel="visual tokens that the question can read")
-    every[0].set_ylabel("accuracy, %")
-    handles = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels())}
-    _legend_below(figure, handles)
-    _save(figure, path)
-
-
-def _legend_below(figure: Figure, handles: dict[str, Artist]) -> None:
-    """A legend of as many columns as the figure is wide enough for, four at most; the figure grows with its lines."""
-    for columns in (4, 3, 2, 1):
-        legend = figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False
-        )
-        figure.draw_without_rendering()
-        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            break
-        legend.remove()
-    lines = math.ceil(len(handles) / columns)
-    figure.set_figheight(figure.get_figheight() + 0.21 * max(0, lines - 5))
-
-
-def _family(method: str) -> str:
-    """The name without its numbers: voco_1 and voco_4 are both voco."""
-    return re.sub(r"[\s_@-]*\d+(\.\d+)?", "", method) or method
-
-
-def _draw_bounds(axes: Axes, bounds: Sequence[RowResult], key: str) -> None:
-    for number, row in enumerate(bounds):
-        if (value := getattr(row, key)) is not None:
-            style = LINE_STYLES[number % len(LINE_STYLES)]
-            axes.axhline(100 * value, color="0.45", linestyle=style, linewidth=1.3, label=row.method, zorder=1)
-
-
-def _draw_families(axes: Axes, families: dict[str, list[RowResult]], key: str) -> None:
-    for number, (name, members) in enumerate(families.items()):
-        members = sorted((row for row in members if getattr(row, key) is not None), key=lambda row: row.visual_tokens)
-        if not members:
-            continue
-        # The spread is that of the overall accuracy, so it is drawn only there.
-        spread = [100 * (row.spread or 0) for row in members] if key == "accuracy" else [0]
-        # The second round of colours goes with other markers than the first.
-        shape = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-        marker = {"marker": shape, "markersize": 7.5, "markeredgecolor": "white"}
-        axes.errorbar(
-            [row.visual_tokens for row in members],
-            [100 * getattr(row, key) for row in members],
-            yerr=spread if any(spread) else None,
-            **{"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6, "capsize": 3, "zorder": 3, "label": name},
-            **marker,
-        )
-
-
-def _token_axis(axes: Axes, counts: Sequence[float]) -> None:
-    """A logarithmic axis with ticks at the counts that occur, but for those that would touch their neighbour.
-
-    Means, of questions that pick their number, have a tick where there is no whole number.
-    """
-    axes.grid(axis="y", color="0.9", zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not counts:
-        return
-    axes.set_xscale("log", base=2)
-    low, high = min(counts), max(counts)
-    gap = max(np.log2(high / low), 1) / 9
-    ticks: list[float] = []
-    for count in sorted({count for count in counts if count == int(count)} or set(counts)):
-        if not ticks or np.log2(count / ticks[-1]) >= gap:
-            ticks.append(count)
-    axes.set_xticks(ticks, [token_count(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(low / 2**gap, high * 2**gap)
-
-
 def kept_tokens_figure(
     pictures_BHWC: np.ndarray,
     panels: Sequence[Sequence[KeptPanel | LooksPanel]],
@@ -192,7 +84,8 @@ def kept_tokens_figure(
     count = side_by_side or len(panels[0])
     bands = [slice(start, start + count) for start in range(0, len(panels[0]), count)]
     every = [[1.0, *map(_width, panels[0][band])] for band in bands]
-    height, title, between = 1.75, 0.46, 0.06
+    height, between = HEIGHT, 0.06
+    title = 0.12 + LINE * max(2, *(_title(panel).count("\n") + 1 for panel in panels[0]))
     longest = max(sum(widths) + between * len(widths) for widths in every)
     across = height * longest
     # The legend's entries side by side are 7 inches wide; a narrower figure has them in two lines or four.
@@ -247,6 +140,26 @@ def _width(panel: KeptPanel | LooksPanel) -> float:
     return max(layers / voco, voco / layers)
 
 
+def _title(panel: KeptPanel | LooksPanel) -> str:
+    """What stands above a panel, in lines that are no wider than it is."""
+    lines = textwrap.wrap(panel.title, max(1, int(_width(panel) * HEIGHT / LETTER)))
+    if isinstance(panel, LooksPanel):
+        across, down = _axes(panel)
+        below = f", {down[0]} 1-{down[1]} ↓" if down[1] > 1 else ""
+        lines.append(f"{across[0]} 1-{across[1]} →{below}")
+    return "\n".join(lines)
+
+
+def _axes(panel: LooksPanel) -> tuple[tuple[str, int], tuple[str, int]]:
+    """(name, count) of what runs from left to right, and from top to bottom.
+
+    The longer axis runs from left to right, so that maps are as large as a row's height allows.
+    """
+    layers, voco, _ = panel.attention_LkP.shape
+    axes = ("layers", layers), ("tokens", voco)
+    return axes if layers >= voco else axes[::-1]
+
+
 def _bare(figure: Figure, cell: SubplotSpec, picture_HWC: np.ndarray) -> Axes:
     axes = figure.add_subplot(cell)
     _lay_over(axes, picture_HWC)
@@ -298,7 +211,7 @@ def _draw_kept(figure: Figure, cell: SubplotSpec, picture: np.ndarray, panel: Ke
         style = {"facecolor": "none", "edgecolor": edges, "linewidth": widths + extra, "joinstyle": "miter"}
         axes.add_collection(PatchCollection(frames, **style))
     if titled:
-        axes.set_title(panel.title, fontsize=TITLE_SIZE)
+        axes.set_title(_title(panel), fontsize=TITLE_SIZE)
 
 
 def _kept_legend() -> list[Patch]:
@@ -311,12 +224,9 @@ def _kept_legend() -> list[Patch]:
 
 
 def _draw_looks(figure: Figure, cell: SubplotSpec, picture: np.ndarray, panel: LooksPanel, titled: bool) -> None:
-    layers, voco, patches = panel.attention_LkP.shape
-    side = _side(patches)
+    side = _side(panel.attention_LkP.shape[-1])
     grey = np.repeat(np.asarray(picture, np.float32).mean(-1, keepdims=True) / 255, 3, axis=-1)
-    # The longer axis runs from left to right, so that maps are as large as a row's height allows.
-    across, maps = ("layers", panel.attention_LkP.swapaxes(0, 1)) if layers >= voco else ("tokens", panel.attention_LkP)
-    down = "tokens" if across == "layers" else "layers"
+    maps = panel.attention_LkP.swapaxes(0, 1) if _axes(panel)[0][0] == "layers" else panel.attention_LkP
     inner = cell.subgridspec(*maps.shape[:2], wspace=0.06, hspace=0.06)
     for row, column in np.ndindex(maps.shape[:2]):
         axes = _bare(figure, inner[row, column], grey)
@@ -326,9 +236,8 @@ def _draw_looks(figure: Figure, cell: SubplotSpec, picture: np.ndarray, panel: L
         share = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
         _lay_over(axes, np.concatenate([red, 0.95 * share[..., None]], axis=-1))
     if titled:
-        shown = f"{across} 1-{maps.shape[1]} →" + (f", {down} 1-{maps.shape[0]} ↓" if maps.shape[0] > 1 else "")
         frame = figure.add_subplot(cell, frameon=False, xticks=[], yticks=[])
-        frame.set_title(f"{panel.title}\n{shown}", fontsize=TITLE_SIZE)
+        frame.set_title(_title(panel), fontsize=TITLE_SIZE)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows: the table of its rows and the two figures."""
+"""What a run shows: the table of its rows and the figures."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from tokzip_jax import plots, sharding, vlm
+from tokzip_jax import plots, plots_accuracy, sharding, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig
 from tokzip_jax.evals import table
 from tokzip_jax.evals.runner import MODEL_INPUTS, Runner
@@ -47,14 +47,16 @@ def make(runner: Runner, names: Sequence[str] = (), *, again: bool = False) -> s
 
 
 def draw(runner: Runner, rows: list[table.RowResult]) -> None:
-    """`figures/retention.png` and `figures/kept_tokens.png`; every process takes part, process 0 writes."""
+    """`figures/retention.png`, `types.png` and `kept_tokens.png`; every process takes part, process 0 writes."""
     cfg, figures = runner.cfg, runner.workdir.figures
     batch = _first_pictures(runner, cfg.eval.pictures) if cfg.eval.pictures else {}
     columns = _columns(runner, batch) if batch else []
     if jax.process_index() != 0:
         return
     bounds = [name for name, row in cfg.rows.items() if name in (cfg.eval.lower, cfg.eval.upper) or not row.stage]
-    plots.retention_figure(rows, figures / "retention.png", lines=bounds)
+    plots_accuracy.retention_figure(rows, figures / "retention.png", lines=bounds)
+    if any(row.accuracy_by_type for row in rows):
+        plots_accuracy.types_figure(rows, figures / "types.png", lines=bounds)
     if columns:
         panels = [[column(row) for column in columns] for row in range(len(batch["images"]))]
         plots.kept_tokens_figure(batch["images"][:, 0], panels, figures / "kept_tokens.png")

@@ -1,0 +1,70 @@
+"""The picture models that `configs/clips.py` goes on from, trained on drawn scenes by the best recipe found there.
+
+    python train.py --config=configs/clips_pictures.py --workdir=runs/clips_pictures
+
+It starts from the uncompressed model of a run of `configs/scenes.py` in `runs/scenes`
+(`--config=configs/clips_pictures.py:DIR` names another one). A picture becomes 1, 2 or 8 VoCo tokens that start from
+the cells of a grid over it, as in `configs/scenes_best.py` and for as many steps, or as many tokens of average pooling
+and a linear layer. One seed, at the learning rate that nearly all of those stages were best at; what compares methods
+are those two configs. Give the command twice to use two CPU cores.
+"""
+
+import dataclasses
+
+from configs import scenes, scenes_best
+from tokzip_jax import config as c
+from tokzip_jax.config_io import to_config_dict
+from tokzip_jax.voco_start import parts
+
+STEPS = scenes_best.LONGER * scenes.STEPS
+LADDER = (1, 2, 8)
+
+
+def get_config(pictures="runs/scenes"):
+    """The config as an editable ConfigDict; `pictures` is the workdir of the study."""
+    return to_config_dict(run_config(pictures))
+
+
+def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
+    """The config as dataclasses."""
+    given = scenes_best.run_config(pictures)
+    trained, table = stages(), rows()
+    return dataclasses.replace(
+        given,
+        stages={"base": given.stages["base"], **trained},
+        rows=table,
+        eval=dataclasses.replace(given.eval, order=tuple(table)),
+        study=c.StudyConfig(stages=tuple(trained), seeds=(0,)),
+    )
+
+
+def voco(count: int) -> c.MethodConfig:
+    """`count` VoCo tokens of a picture, from the cells of a grid over it."""
+    return c.MethodConfig(voco=count, voco_mask="voco", voco_start="cells")
+
+
+def pooled(count: int) -> c.MethodConfig:
+    """As many tokens of average pooling and a linear layer, over the parts that VoCo tokens start from."""
+    down, across = parts(count)
+    return c.MethodConfig(projector="avgpool_linear", pool_rows=down, pool_grid=across)
+
+
+def stages() -> dict[str, c.StageConfig]:
+    """What is trained."""
+    table = {}
+    for count in LADDER:
+        table[f"voco{count}"] = scenes.voco(count, steps=STEPS, method=voco(count))
+        table[f"pooled{count}"] = dataclasses.replace(scenes.pooled(1), steps=STEPS, method=pooled(count))
+    return table
+
+
+def rows() -> dict[str, c.RowConfig]:
+    """The table, top to bottom."""
+    table = {
+        "question-only prior": c.RowConfig(stage=""),
+        "lower": c.RowConfig(method=c.MethodConfig(voco=1, voco_mask="voco")),
+    }
+    for count in LADDER:
+        table[f"VoCo {count} + cells"] = c.RowConfig(stage=f"voco{count}", method=voco(count))
+        table[f"average pooling {count}"] = c.RowConfig(stage=f"pooled{count}", method=pooled(count))
+    return {**table, "upper": c.RowConfig()}
