@@ -2,53 +2,48 @@
 
     python train.py --config=configs/clips.py --workdir=runs/clips
 
-It starts from a finished run of `configs/scenes.py` in `runs/scenes` (`--config=configs/clips.py:DIR` names another
-one): with its tokenizer, its picture models of 1, 2 and 8 VoCo tokens go on with clips of four frames. A frame's tokens
-see that frame alone, and all frames' tokens stand in the order of time, one behind the other, as `tokzip_jax.video`
-caches them. Beside them average pooling to as many tokens a frame, from the picture models of 1 and 4 pooled tokens
-(one linear layer does for any grid), and from the uncompressed model all tokens of all frames, or of the middle frame.
+It starts from finished runs of `configs/scenes.py` and `configs/clips_pictures.py` in `runs/scenes` and
+`runs/clips_pictures` (`--config=configs/clips.py:DIR` names another directory that holds the two): the picture models
+of 1, 2 and 8 VoCo tokens, which start from the cells of a grid over the picture, go on with clips of four frames. A
+frame's tokens see that frame alone, and all frames' tokens stand in the order of time, one behind the other, as
+`tokzip_jax.video` caches them. Beside them average pooling to as many tokens a frame, from picture models of the same
+grids, and from the uncompressed model all tokens of all frames, or of the middle frame.
 
 Every model is read in true order and with the frames shuffled. What tells is the accuracy by type: whoever cannot know
 in which order the frames came answers a question of type "order" or "direction" at best right every second time, and
 "count" loses less. The tokens, cache and prefill of the table are those of all frames that are read.
 
-All see the same clips for as many steps, with one seed, at one learning rate: of those tried on pictures the one at
-which 1 and 2 VoCo tokens were best there. What goes on from the uncompressed model has had fewer steps in all. Give the
-command twice to use two CPU cores.
+All see the same clips for as many steps at the same learning rate, with three seeds. What goes on from the uncompressed
+model has had fewer steps in all. Give the command twice to use two CPU cores.
 """
 
 import dataclasses
-import json
-import pathlib
 
-from configs import scenes
+from configs import clips_pictures, scenes, scenes_best
 from tokzip_jax import config as c
 from tokzip_jax.config_io import to_config_dict
 from tokzip_jax.study import Variant
 
 FRAMES = 4
-STEPS = 2000
-GRIDS = {1: (1, 1), 2: (1, 2), 8: (2, 4)}  # tokens of a frame -> rows and columns of as large a pooled grid
-ORIGINS = {1: 1, 2: 1, 8: 4}  # ... -> tokens of the picture model that pooling begins from
+STEPS = 1500
 
 
-def get_config(pictures="runs/scenes"):
-    """The config as an editable ConfigDict; `pictures` is the workdir of the picture study."""
-    return to_config_dict(run_config(pictures))
+def get_config(runs="runs"):
+    """The config as an editable ConfigDict; `runs` is the directory of the workdirs that it goes on from."""
+    return to_config_dict(run_config(runs))
 
 
-def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
+def run_config(runs: str = "runs") -> c.RunConfig:
     """The config as dataclasses."""
-    trained, table = stages(pictures), rows()
-    given = scenes.run_config()
+    trained, table = stages(runs), rows()
+    given = scenes_best.run_config(f"{runs}/scenes")
     data = dataclasses.replace(
         given.data,
         name="clips",
-        tokenizer=f"{pictures}/tokenizer.json",
         images=FRAMES,
         text_length=128,
         targets=32,
-        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=6, train=6000, validation=300, test=400),
+        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=6, train=16000, validation=300, test=1000),
     )
     return dataclasses.replace(
         given,
@@ -56,63 +51,48 @@ def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
         stages=trained,
         rows=table,
         eval=c.EvalConfig(batch_size=64, order=tuple(table)),
-        study=c.StudyConfig(stages=tuple(trained), seeds=(0,)),
+        study=c.StudyConfig(stages=tuple(trained)),
     )
-
-
-def picture_model(pictures: str, stage: str, row: str) -> str:
-    """The checkpoint of a stage of the picture study: its first seed, at the learning rate that its row was chosen at.
-
-    Before that study has a summary the name is a guess, and a run then says that there is no such checkpoint.
-    """
-    summary = pathlib.Path(pictures, "eval", "summary.json")
-    found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else []
-    rates = {line["method"]: line.get("learning_rate") for line in found}
-    return f"{pictures}/checkpoints/{Variant(stage, rates.get(row) or scenes.OPTIM.learning_rate, 0).name}"
 
 
 def voco(count: int) -> c.MethodConfig:
     """`count` VoCo tokens a frame, at the positions of a streamed cache."""
-    return c.MethodConfig(voco=count, voco_mask="voco", positions="compact")
+    return dataclasses.replace(clips_pictures.voco(count), positions="compact")
 
 
-def pooled(count: int) -> c.MethodConfig:
-    """As many tokens of average pooling and a linear layer."""
-    down, across = GRIDS[count]
-    return c.MethodConfig(projector="avgpool_linear", pool_rows=down, pool_grid=across)
-
-
-def stages(pictures: str) -> dict[str, c.StageConfig]:
+def stages(runs: str) -> dict[str, c.StageConfig]:
     """Everything that is compared."""
     frames = c.StageConfig(
-        init_from=f"{pictures}/checkpoints/base",
+        init_from=f"{runs}/scenes/checkpoints/base",
         steps=STEPS,
         batch_size=8,
         train=("projector/.*", "llm/.*"),
         optim=scenes.OPTIM,
     )
+
+    def goes_on(name: str, **changes) -> c.StageConfig:
+        """From the picture model of the same name."""
+        (seed,) = clips_pictures.run_config().study.seeds
+        origin = Variant(name, scenes.OPTIM.learning_rate, seed).name
+        return dataclasses.replace(frames, init_from=f"{runs}/clips_pictures/checkpoints/{origin}", **changes)
+
     table = {"uncompressed": frames, "middle": dataclasses.replace(frames, frame_order="middle")}
-    for count in GRIDS:
-        table[f"voco{count}"] = dataclasses.replace(
-            frames,
-            init_from=picture_model(pictures, f"voco{count}", f"VoCo {count}"),
-            train=scenes.LANGUAGE_MODEL,
-            method=voco(count),
-        )
-        origin = picture_model(pictures, f"pooled{ORIGINS[count]}", f"average pooling {ORIGINS[count]}")
-        table[f"pooled{count}"] = dataclasses.replace(frames, init_from=origin, method=pooled(count))
+    for count in clips_pictures.LADDER:
+        table[f"voco{count}"] = goes_on(f"voco{count}", train=scenes.LANGUAGE_MODEL, method=voco(count))
+        table[f"pooled{count}"] = goes_on(f"pooled{count}", method=clips_pictures.pooled(count))
     return table
 
 
 def rows() -> dict[str, c.RowConfig]:
     """The table, top to bottom."""
     read = {}
-    for count in GRIDS:
-        read[f"VoCo {count}"] = c.RowConfig(stage=f"voco{count}", method=voco(count))
-        read[f"average pooling {count}"] = c.RowConfig(stage=f"pooled{count}", method=pooled(count))
+    for count in clips_pictures.LADDER:
+        read[f"VoCo {count} + cells"] = c.RowConfig(stage=f"voco{count}", method=voco(count))
+        read[f"average pooling {count}"] = c.RowConfig(stage=f"pooled{count}", method=clips_pictures.pooled(count))
+    untrained = c.MethodConfig(voco=1, voco_mask="voco", positions="compact")
     table = {
         "question-only prior": c.RowConfig(stage=""),
-        "lower": c.RowConfig(stage="uncompressed", method=voco(1)),
+        "lower": c.RowConfig(stage="uncompressed", method=untrained),
         "middle frame": c.RowConfig(stage="middle", frame_order="middle"),
     }
     for name, row in read.items():

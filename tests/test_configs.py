@@ -1,7 +1,6 @@
 """Every config file: it validates, says how to run it, and what it promises is there."""
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from small_run import ROOT, load_file
 
-from tokzip_jax import config_io, environment, layout, recipe, sharding, vlm
+from tokzip_jax import config_io, environment, layout, recipe, sharding, study, vlm
 from tokzip_jax.config import MeshConfig
 from tokzip_jax.config_check import validate
 from tokzip_jax.paths import flatten
@@ -19,8 +18,10 @@ from tokzip_jax.workdir import Workdir
 
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 ARGUMENTS = {
-    "clips": ("elsewhere/run",),
+    "clips": ("elsewhere",),
+    "clips_pictures": ("elsewhere/run",),
     "scenes_best": ("elsewhere/run",),
+    "scenes_limit": ("elsewhere/run",),
     "voco_llava15_7b": ("1", "2", "8"),
     "visionzip_tune_llava15_7b": ("192", "128", "64"),
 }
@@ -131,32 +132,38 @@ def test_published_schedules():
         full_size("visionzip_tune_llava15_7b", 65)
 
 
-def test_clips_go_on_from_the_pictures(tmp_path):
-    """The same model and words; each compressor from the picture study's, at the rate that its summary names."""
-    clips, scenes = (load_file(ROOT / "configs" / f"{name}.py") for name in ("clips", "scenes"))
-    chosen = {"upper": None, "VoCo 2": 5e-4, "average pooling 4": 1e-3}
-    (tmp_path / "eval").mkdir()
-    summary = json.dumps([{"method": name, "learning_rate": rate} for name, rate in chosen.items()])
-    (tmp_path / "eval" / "summary.json").write_text(summary)
-    cfg, pictures = clips.run_config(str(tmp_path)), scenes.run_config()
-    assert cfg.model == pictures.model and cfg.data.tokenizer == str(tmp_path / "tokenizer.json")
-    folder = f"{tmp_path}/checkpoints/"
-    assert {name: stage.init_from.removeprefix(folder) for name, stage in cfg.stages.items()} == {
-        "uncompressed": "base", "middle": "base",
-        "voco1": "voco1-lr0.002-seed0", "voco2": "voco2-lr0.0005-seed0", "voco8": "voco8-lr0.002-seed0",
-        "pooled1": "pooled1-lr0.002-seed0", "pooled2": "pooled1-lr0.002-seed0", "pooled8": "pooled4-lr0.001-seed0",
-    }  # fmt: skip
-    assert {"voco1", "voco2", "voco8", "pooled1", "pooled4"} <= set(pictures.study.stages) and "base" in pictures.stages
+def test_clips_go_on_from_the_pictures():
+    """The same model and words; each compressor from the picture model of the same tokens and grid."""
+    clips, pictures, scenes = (
+        load_file(ROOT / "configs" / f"{name}.py").run_config(*given)
+        for name, given in (("clips", ("d",)), ("clips_pictures", ("d/scenes",)), ("scenes", ()))
+    )
+    assert clips.model == pictures.model == dataclasses.replace(scenes.model, voco_cells=clips.model.voco_cells)
+    assert clips.data.tokenizer == pictures.data.tokenizer == "d/scenes/tokenizer.json"
+    base = "d/scenes/checkpoints/base"
+    assert {clips.stages[name].init_from for name in ("uncompressed", "middle")} == {base}
+    assert pictures.stages["base"].init_from == base and "base" in scenes.stages
+    made = {
+        f"d/clips_pictures/checkpoints/{variant.name}": pictures.stages[stage]
+        for stage in pictures.study.stages
+        for variant in study.Study(pictures, None, None).searched(stage)
+    }
+    compared = {name: stage for name, stage in clips.stages.items() if name not in ("uncompressed", "middle")}
+    assert len(compared) == 6 and len(clips.study.seeds) == 3
+    for name, stage in compared.items():
+        origin = made[stage.init_from]
+        assert dataclasses.replace(stage.method, positions=origin.method.positions) == origin.method, name
     # As many tokens a frame either way, each read in both orders, after as many steps.
     for count in (1, 2, 8):
         found = set()
-        for name, stage in ((f"VoCo {count}", f"voco{count}"), (f"average pooling {count}", f"pooled{count}")):
-            read, shuffled = cfg.rows[name], cfg.rows[f"{name}, shuffled"]
-            assert read.method == shuffled.method == cfg.stages[stage].method and read.stage == shuffled.stage == stage
+        for name, stage in ((f"VoCo {count} + cells", f"voco{count}"), (f"average pooling {count}", f"pooled{count}")):
+            read, shuffled = clips.rows[name], clips.rows[f"{name}, shuffled"]
+            assert read.method == shuffled.method == clips.stages[stage].method
+            assert read.stage == shuffled.stage == stage
             assert (read.frame_order, shuffled.frame_order) == ("", "shuffled")
-            found.add(read.method.voco or vlm.visual_slots(cfg.model, read.method))
+            found.add(read.method.voco or vlm.visual_slots(clips.model, read.method))
         assert found == {count}
-    assert len({stage.steps for stage in cfg.stages.values()}) == 1
+    assert len({(stage.steps, stage.batch_size, stage.optim) for stage in clips.stages.values()}) == 1
 
 
 def test_full_size_configs_refuse_a_cpu_and_a_missing_checkpoint():
