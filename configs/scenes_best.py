@@ -8,8 +8,9 @@ many, are trained for `scenes.STEPS` steps. Here the steps become twice as many;
 of a grid over the picture, each through a matrix of its own, as well as from their embeddings (see
 `tokzip_jax.voco_start`). Pooling has as many steps too. All by the rules of that study: three learning rates, of which
 the validation split chooses one, three seeds, and a column at the training time of one token from cells.
-How far one token comes with more steps is the question of `configs/scenes_limit.py`. Give the command twice to use two
-CPU cores.
+
+How far one token comes is asked once, with one seed and at one learning rate: ten times the steps of the study, for
+VoCo from cells and for pooling. Give the command twice to use two CPU cores.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ from configs import scenes
 from tokzip_jax import config as c
 from tokzip_jax.config_io import to_config_dict
 
-LONGER = 2  # times the study's steps
+LONGER, LONGEST = 2, 10  # times the study's steps: what is compared, and one token at its limit
 CELLS = 4  # along a side of 8 patches
 GRIDS = {1: 1, 4: 2}  # tokens -> side of the grid that pooling makes as many with
 NAMES = {"voco": "VoCo {}", "cells": "VoCo {} + cells", "pooled": "average pooling {}"}
+FAR = {"cellsfar": "cells", "pooledfar": "pooled"}  # longest trainings of one token, and of which kind
 
 
 def get_config(pictures="runs/scenes"):
@@ -32,16 +34,17 @@ def get_config(pictures="runs/scenes"):
 def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
     """The config as dataclasses."""
     given, compared = scenes.run_config(), stages()
+    far = {name: dataclasses.replace(compared[f"{of}1"], steps=LONGEST * scenes.STEPS) for name, of in FAR.items()}
     # The study's model, taken over by a step at learning rate 0.
     still = dataclasses.replace(scenes.OPTIM, learning_rate=0.0, warmup_steps=0, weight_decay=0.0)
     origin = f"{pictures}/checkpoints/base"
     base = dataclasses.replace(scenes.towers()["base"], init_from=origin, steps=1, optim=still)
-    table = rows(compared)
+    table = rows({**compared, **far})
     return dataclasses.replace(
         given,
         model=dataclasses.replace(given.model, voco_cells=CELLS),
         data=dataclasses.replace(given.data, tokenizer=f"{pictures}/tokenizer.json"),
-        stages={"base": base, **compared},
+        stages={"base": base, **compared, **far},
         rows=table,
         eval=dataclasses.replace(given.eval, order=tuple(table)),
         study=dataclasses.replace(given.study, stages=tuple(compared), equal_time="cells1"),
@@ -64,6 +67,7 @@ def stages() -> dict[str, c.StageConfig]:
 def rows(trained: dict[str, c.StageConfig]) -> dict[str, c.RowConfig]:
     """The table, top to bottom."""
     named = {name.format(count): f"{stage}{count}" for count in GRIDS for stage, name in NAMES.items()}
+    named |= {f"{NAMES[of].format(1)}, long": name for name, of in FAR.items()}
     read = {name: c.RowConfig(stage=stage, method=trained[stage].method) for name, stage in named.items()}
     lower = c.RowConfig(method=c.MethodConfig(voco=1, voco_mask="voco"))
     return {"question-only prior": c.RowConfig(stage=""), "lower": lower, **read, "upper": c.RowConfig()}

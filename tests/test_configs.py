@@ -21,7 +21,7 @@ ARGUMENTS = {
     "clips": ("elsewhere",),
     "clips_pictures": ("elsewhere/run",),
     "scenes_best": ("elsewhere/run",),
-    "scenes_limit": ("elsewhere/run",),
+    "scenes_starts": ("elsewhere/run",),
     "voco_llava15_7b": ("1", "2", "8"),
     "visionzip_tune_llava15_7b": ("192", "128", "64"),
 }

@@ -10,7 +10,7 @@ import pytest
 import tiny_model as tiny
 from small_run import ROOT, load_file
 
-from tokzip_jax import config_check, progressive, recipe, sharding, step
+from tokzip_jax import config_check, progressive, recipe, sharding, step, vlm
 from tokzip_jax.config import LossConfig, MeshConfig, MethodConfig, ProgressiveConfig, StageConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.progressive import Budget
@@ -29,6 +29,19 @@ ENCODER = StageConfig(
     method=MethodConfig(encoder="visionzip", tokens=8, options={"contextual": 2}),
     loss=SELF,
     progressive=ProgressiveConfig(site="encoder", budgets=(16, 12, 8, 4)),
+)
+# Two cuts: of 16 tokens a half, then a quarter.
+DECODER = StageConfig(
+    steps=10,
+    method=MethodConfig(decoder="pyramiddrop", decoder_layers=(1, 2), decoder_keep=(8, 4)),
+    loss=SELF,
+    progressive=ProgressiveConfig(site="decoder", budgets=(16, 12, 8, 4)),
+)
+PROJECTOR = StageConfig(
+    steps=10,
+    method=MethodConfig(projector="avgpool_linear", pool_grid=4),
+    loss=SELF,
+    progressive=ProgressiveConfig(site="projector", budgets=(16, 4, 1)),
 )
 KEY = jax.random.key(0)
 
@@ -60,15 +73,15 @@ def test_ratios_of_the_paper():
     assert progressive.ratios(paper, 1.0, 1.0) == pytest.approx((0.9, 0.6))
 
 
-@pytest.mark.parametrize("stage", [VOCO, ENCODER], ids=["voco", "encoder"])
+@pytest.mark.parametrize("stage", [VOCO, ENCODER, DECODER, PROJECTOR], ids=lambda stage: stage.progressive.site)
 def test_budgets_shrink_and_the_teacher_reads_more(stage):
     long = dataclasses.replace(stage, steps=400)
     found = [progressive.budget(long, tiny.MODEL, number, 3, "a") for number in range(400)]
     student, teacher = np.array(found).T
     assert np.all(teacher >= student) and np.any(teacher > student) and student.min() >= 1
     assert student[:80].mean() > student[160:240].mean() > student[-80:].mean()
-    if stage is ENCODER:
-        assert set(student) | set(teacher) <= {16, 12, 8, 4} and {16, 4} <= set(student)
+    if budgets := set(stage.progressive.budgets):
+        assert set(student) | set(teacher) <= budgets and {16, 4} <= set(student)
     else:
         assert teacher.max() == 8 and len(set(student)) >= 5
     assert found == [progressive.budget(long, tiny.MODEL, number, 3, "a") for number in range(400)]
@@ -80,9 +93,40 @@ def test_budgets_shrink_and_the_teacher_reads_more(stage):
 
 def test_methods_of_a_budget():
     """Merged tokens keep their quarter of the budget; VoCo counts change no method."""
-    student, teacher = progressive.methods(ENCODER, Budget(4, 12))
+    student, teacher = progressive.methods(ENCODER, tiny.MODEL, Budget(4, 12))
     assert [(m.tokens, m.options) for m in (student, teacher)] == [(4, {"contextual": 1}), (12, {"contextual": 3})]
-    assert progressive.methods(VOCO, Budget(2, 5)) == (VOCO.method, VOCO.method)
+    assert progressive.methods(VOCO, tiny.MODEL, Budget(2, 5)) == (VOCO.method, VOCO.method)
+
+
+def test_cuts_of_a_budget_keep_their_shape():
+    """16 -> 8 -> 4 at powers of the stage's own shares: 1 keeps all, the stage's own budget its own schedule."""
+    kept = {tokens: progressive.at_budget(DECODER, tiny.MODEL, tokens).decoder_keep for tokens in (16, 12, 9, 4, 1)}
+    assert kept == {16: (16, 16), 12: (14, 12), 9: (12, 9), 4: (8, 4), 1: (4, 1)}
+    one_cut = dataclasses.replace(DECODER.method, decoder="fastv", decoder_layers=(1,), decoder_keep=(2,))
+    one_cut = dataclasses.replace(DECODER, method=one_cut)
+    assert [progressive.at_budget(one_cut, tiny.MODEL, n).decoder_keep for n in range(1, 17)] == [
+        (n,) for n in range(1, 17)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "settings"),
+    [
+        ("avgpool_linear", {"pool_grid": 4, "pool_rows": 2}, {1: {"pool_grid": 1}, 4: {"pool_grid": 2}}),
+        ("mlp_pool", {"factor": 1, "pool": "bilinear"}, {16: {"factor": 1}, 4: {"factor": 2}, 1: {"factor": 4}}),
+        ("nested_pool", {}, {16: {"level": 0}, 4: {"level": 1}, 1: {"level": 2}}),
+        ("mqt", {}, {5: {"queries": 5}, 1: {"queries": 1}}),
+        ("llamavid", {"content_grid": 4}, {17: {"content_grid": 4}, 2: {"content_grid": 1}}),
+    ],
+)
+def test_projectors_of_a_budget(name, given, settings):
+    method = MethodConfig(projector=name, **given)
+    model = dataclasses.replace(tiny.MODEL, projector=dataclasses.replace(tiny.MODEL.projector, queries=9, heads=2))
+    stage = dataclasses.replace(PROJECTOR, method=method)
+    for tokens, changes in settings.items():
+        made = progressive.at_budget(stage, model, tokens)
+        assert made == dataclasses.replace(method, **{"pool_rows": 0, **changes})
+        assert vlm.visual_slots(model, made) == progressive.tokens_of("projector", made, model) == tokens
 
 
 def test_a_frozen_teacher_reads_no_voco_tokens(tmp_path):
@@ -93,14 +137,19 @@ def test_a_frozen_teacher_reads_no_voco_tokens(tmp_path):
     )
     assert [line.student for line in found] == [line.student for line in own]
     assert {line.teacher for line in found} == {0}
-    assert progressive.methods(frozen, found[0]) == (VOCO.method, None)
+    assert progressive.methods(frozen, tiny.MODEL, found[0]) == (VOCO.method, None)
     ready = recipe.prepare(run_of(VOCO), "a", sharding.make_mesh(MeshConfig()), Workdir(tmp_path))
     ready = dataclasses.replace(ready, cfg=frozen, budget=lambda number: found[number])
     for number in (0, 9):
         program, given = ready.at(number)
         assert program is ready.program(VOCO.method, None) and given["counts"] == found[number].student
-    over_patches = dataclasses.replace(ENCODER, init_from="a", loss=LossConfig(kl=1.0))
-    assert progressive.budget(over_patches, tiny.MODEL, 9, 3, "a") == progressive.budget(ENCODER, tiny.MODEL, 9, 3, "a")
+    pooled = dataclasses.replace(PROJECTOR, init_from="a", loss=LossConfig(kl=1.0))
+    found = progressive.budget(pooled, tiny.MODEL, 9, 3, "a")
+    assert found == Budget(progressive.budget(PROJECTOR, tiny.MODEL, 9, 3, "a").student, 0)
+    for stage in (ENCODER, DECODER):
+        over_patches = dataclasses.replace(stage, init_from="a", loss=LossConfig(kl=1.0))
+        own = progressive.budget(stage, tiny.MODEL, 9, 3, "a")
+        assert progressive.budget(over_patches, tiny.MODEL, 9, 3, "a") == own and own.teacher > own.student
 
 
 def change(stage, **fields):
@@ -108,12 +157,27 @@ def change(stage, **fields):
 
 
 BAD = {
-    "stages.a.progressive.site = 'decoder' is unknown": change(VOCO, site="decoder"),
+    "stages.a.progressive.site = 'tower' is unknown": change(VOCO, site="tower"),
+    "scales method.decoder_keep = (16, 16), of which the last cut must leave fewer than the 16": dataclasses.replace(
+        DECODER, method=dataclasses.replace(DECODER.method, decoder_keep=(16, 16))
+    ),
+    "stages.a.progressive.budgets = (17, 4) must lie between 1 and 16 tokens": change(DECODER, budgets=(17, 4)),
+    "needs method.decoder (it is 'none')": dataclasses.replace(DECODER, method=MethodConfig()),
+    "the projector 'avgpool_linear' cannot make 5 tokens, but 1, 4, 16": change(PROJECTOR, budgets=(16, 5)),
+    "the projector 'mlp2x_gelu' has no option that sets how many tokens": dataclasses.replace(
+        PROJECTOR, method=MethodConfig()
+    ),
+    "chooses what method.draw_budget = True draws": dataclasses.replace(
+        PROJECTOR, method=MethodConfig(projector="nested_pool", draw_budget=True)
+    ),
     "stages.a.progressive has no site": change(VOCO, site="", low=0.2),
     "stages.a.progressive.final_high = 1.5 must lie between 0 and 1": change(VOCO, final_high=1.5),
     "stages.a.progressive.low = 0.2 must be at most stages.a.progressive.high = 0.1": change(VOCO, low=0.2),
     "takes no budgets (they are (4,))": change(VOCO, budgets=(4,)),
     "needs method.voco >= 2 (it is 1)": dataclasses.replace(VOCO, method=MethodConfig(voco=1, voco_mask="voco")),
+    "uses fewer than the 8 tokens that method.voco_start = 'pooled' starts from a part": dataclasses.replace(
+        VOCO, method=dataclasses.replace(VOCO.method, voco_start="pooled")
+    ),
     "chooses what voco_counts = (1, 2) does": dataclasses.replace(VOCO, voco_counts=(1, 2)),
     "the numbers of tokens in stages.a.progressive.budgets (they are ())": change(ENCODER, budgets=()),
     "needs method.encoder (it is 'none')": dataclasses.replace(ENCODER, method=MethodConfig()),
@@ -127,7 +191,7 @@ def test_schedules_that_cannot_be(words):
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         progressive.check("stages.a", BAD[words], tiny.MODEL)
     assert "\n" not in str(error.value)
-    for good in (VOCO, ENCODER, StageConfig()):
+    for good in (VOCO, ENCODER, DECODER, PROJECTOR, StageConfig()):
         progressive.check("stages.a", good, tiny.MODEL)
 
 
@@ -204,9 +268,10 @@ def test_each_reads_its_own_budget():
     def expected(student, teacher):
         return np.sum(np.exp(teacher) * (teacher - student))
 
-    terms = found(VOCO, progressive.methods(VOCO, Budget(2, 5)), (2, 5))
+    terms = found(VOCO, progressive.methods(VOCO, tiny.MODEL, Budget(2, 5)), (2, 5))
     assert "teacher_ce" not in terms and float(terms["count"]) == 6
     tiny.close(terms["kl"], expected(lines(VOCO.method, "voco", 2), lines(VOCO.method, "voco", 5)), atol=1e-4)
-    few, more = progressive.methods(ENCODER, Budget(4, 12))
-    terms = found(ENCODER, (few, more), (0, 0))
-    tiny.close(terms["kl"], expected(lines(few, "visible", 0), lines(more, "visible", 0)), atol=1e-4)
+    for stage in (ENCODER, DECODER):
+        few, more = progressive.methods(stage, tiny.MODEL, Budget(4, 12))
+        terms = found(stage, (few, more), (0, 0))
+        tiny.close(terms["kl"], expected(lines(few, "visible", 0), lines(more, "visible", 0)), atol=1e-4)

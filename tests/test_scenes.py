@@ -131,6 +131,13 @@ def test_answers_follow_from_the_facts(difficulty):
     assert set(asked) == {"color", "shape", "count", "exists", "compare", "relation"} and min(asked.values()) > 50
 
 
+@pytest.mark.parametrize("difficulty", ["easy", "hard"])
+def test_the_prior_is_low_whatever_the_difficulty(difficulty):
+    settings = ScenesConfig(difficulty=difficulty)
+    examples = [scenes.example(settings, "train", index) for index in range(600)]
+    assert question_only_prior(examples[:500], examples[500:]).accuracy < 0.4
+
+
 def test_wording_does_not_tell_the_answer(many):
     """The prior that sees no picture stays low, in all and by type; "yes" and "no" are few and balanced."""
     prior = question_only_prior(many[:1000], many[1000:])

@@ -378,6 +378,16 @@ def test_studies_that_cannot_be(changes, words, tmp_path):
     assert words in str(error.value)
 
 
+def test_a_stage_may_say_how_long_alone(tmp_path):
+    """Equal time may be that of a stage that nothing reads or begins from; of one that a row reads it may not."""
+    cfg = config(str(tmp_path), stages=("pooled",), equal_time="spare")
+    stages = {**cfg.stages, "spare": cfg.stages["voco"]}
+    config_check.validate(dataclasses.replace(cfg, stages=stages))
+    rows = {**cfg.rows, "spare": dataclasses.replace(cfg.rows["VoCo 1"], stage="spare")}
+    with pytest.raises(ValueError, match=r"study\.equal_time = 'spare' is unknown"):
+        config_check.validate(dataclasses.replace(cfg, stages=stages, rows=rows))
+
+
 def test_a_stage_needs_a_row_to_be_judged_by(tmp_path):
     cfg = config(str(tmp_path))
     auto = dataclasses.replace(cfg.rows["VoCo 1"], auto=AutoConfig(ladder=(1,)))

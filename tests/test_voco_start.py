@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny_model as tiny
 
-from tokzip_jax import config_check, llm, method_check, optim, vlm, voco, voco_start
-from tokzip_jax.config import DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
+from tokzip_jax import config_check, elastic, llm, method_check, optim, vlm, voco, voco_start
+from tokzip_jax.config import AutoConfig, DataConfig, EvalConfig, MethodConfig, RowConfig, RunConfig, StageConfig
 from tokzip_jax.evals import runner
 from tokzip_jax.types import IMAGE_ID, VOCO, VOCO_ID, VisualTokens
 
@@ -114,6 +114,20 @@ def test_cells_need_matrices():
     with pytest.raises(ValueError, match=r"x\.voco_start = 'cells' needs a matrix a cell: set model\.voco_cells"):
         method_check.check("x", dataclasses.replace(METHOD, voco_start="cells"), CFG)
     method_check.check("x", dataclasses.replace(METHOD, voco_start="cells"), dataclasses.replace(CFG, voco_cells=2))
+
+
+@pytest.mark.parametrize("start", ["pooled", "cells"])
+def test_parts_of_a_picture_are_for_all_tokens_at_once(start):
+    """With a number that changes the first token would start from a corner; with none, or all, nothing is wrong."""
+    method = dataclasses.replace(METHOD, voco=4, voco_start=start)
+    stage = StageConfig(method=method, voco_counts=(4, 2))
+    with pytest.raises(ValueError, match=r"a\.voco_counts = \(4, 2\) uses fewer than the 4 VoCo tokens that a\.method"):
+        elastic.check_draw("a", stage)
+    for counts in ((), (4,), (0, 4)):
+        elastic.check_draw("a", dataclasses.replace(stage, voco_counts=counts))
+    elastic.check_draw("a", dataclasses.replace(stage, method=dataclasses.replace(method, voco_start="embedding")))
+    with pytest.raises(ValueError, match=r"r\.auto\.ladder = \(1, 4\) reads fewer than the 4 VoCo tokens"):
+        elastic.check_auto("r", AutoConfig(ladder=(1, 4)), method)
 
 
 def embedded(method):

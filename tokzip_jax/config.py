@@ -175,7 +175,9 @@ class ProgressiveConfig:
     from 0.05 to 0.3 over the whole stage.
     """
 
-    site: str = ""  # what shrinks: "encoder" (method.tokens), "voco" (VoCo tokens in use); "" = nothing
+    # What shrinks: "encoder" (method.tokens), "projector" (what its own option sets), "decoder" (method.decoder_keep),
+    # "voco" (VoCo tokens in use); "" = nothing.
+    site: str = ""
     low: float = 0.1  # the student's ratio is drawn from [low, high], first at the stage's start ...
     high: float = 0.1
     final_low: float = 0.26  # ... and, after a straight line, at its end
@@ -183,7 +185,7 @@ class ProgressiveConfig:
     lead: float = 0.1  # by how much the teacher's ratio is smaller, at the start ...
     final_lead: float = 0.3  # ... and from `lead_by` (a share of the stage) on
     lead_by: float = 0.4
-    budgets: tuple[int, ...] = ()  # site "encoder": the numbers of tokens that are compiled; the nearest one is taken
+    budgets: tuple[int, ...] = ()  # but for site "voco": the numbers of tokens that are compiled; the nearest is taken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,7 +306,9 @@ class StudyConfig:
     stages: tuple[str, ...] = ()  # which; () = a plain run
     learning_rates: tuple[float, ...] = ()  # each is tried with the first seed; () = the stage's own
     seeds: tuple[int, ...] = (0, 1, 2)  # added to the stage's
-    equal_time: str = ""  # the stage whose training time all others get for a column of their own; "" = no such column
+    # The stage whose training time all others get for a column of their own; "" = no such column. One that is neither
+    # in `stages` nor read by a row is timed and not trained.
+    equal_time: str = ""
     split: str = "validation"  # that chooses the learning rate
     limit: int = 0  # pictures of it; 0 = all
 

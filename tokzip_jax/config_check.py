@@ -248,7 +248,7 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
         f"{key}.method.positions = {stage.method.positions!r} moves pictures away from where a teacher reads them in "
         "the student's pass; it must be 'original'",
     )
-    for method in (stage.method, *progressive.all_methods(stage)):
+    for method in (stage.method, *progressive.all_methods(stage, cfg.model)):
         method_check.fits(f"{key}.method", method, cfg)
 
 
@@ -289,5 +289,8 @@ def _study(cfg: RunConfig) -> None:
         at_least("study.seeds entry", seed, 0)
     for rate in study.learning_rates:
         require(0 < rate < math.inf, f"study.learning_rates entry = {rate} must be above 0 and finite")
-    one_of("study.equal_time", study.equal_time, ["", *study.stages])
+    # A stage that only says how long a training takes is timed and not trained: nothing may need its checkpoint.
+    needed = {stage.init_from for stage in cfg.stages.values()} | {row.stage for row in cfg.rows.values()}
+    spare = [name for name in cfg.stages if name not in (*study.stages, *needed)]
+    one_of("study.equal_time", study.equal_time, ["", *study.stages, *spare])
     at_least("study.limit", study.limit, 0)

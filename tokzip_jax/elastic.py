@@ -52,6 +52,17 @@ def check_draw(key: str, stage: StageConfig) -> None:
             f"{key}.voco_draw = {stage.voco_draw!r} has nothing to draw from; name numbers of VoCo tokens up to "
             f"{key}.method.voco = {stage.method.voco} in {key}.voco_counts"
         )
+    if any(0 < count < stage.method.voco for count in stage.voco_counts):
+        _check_start(f"{key}.voco_counts = {stage.voco_counts} uses", f"{key}.method", stage.method)
+
+
+def _check_start(uses: str, key: str, method: MethodConfig) -> None:
+    """Refuse fewer tokens than parts of a picture: the first ones would start from its upper parts alone."""
+    if method.voco_start != "embedding":
+        raise ValueError(
+            f"{uses} fewer than the {method.voco} VoCo tokens that {key}.voco_start = {method.voco_start!r} starts "
+            f"from a part of the picture each: {key}.voco_start must be 'embedding'"
+        )
 
 
 def check_auto(key: str, auto: AutoConfig, method: MethodConfig) -> None:
@@ -74,6 +85,8 @@ def check_auto(key: str, auto: AutoConfig, method: MethodConfig) -> None:
         raise ValueError(
             f"{key}.auto.ladder = {auto.ladder} must rise from at least 1 to {key}.method.voco = {method.voco}"
         )
+    if len(auto.ladder) > 1:
+        _check_start(f"{key}.auto.ladder = {auto.ladder} reads", f"{key}.method", method)
     if not 0 <= auto.threshold < math.inf:
         raise ValueError(f"{key}.auto.threshold = {auto.threshold} must be >= 0 and finite")
     _one_of(f"{key}.auto.measure", auto.measure, MEASURES)

@@ -5,31 +5,40 @@ share of the tokens drawn from an interval that moves upwards, the teacher leave
 paper the largest share grows from 5 to 90 %, the lead from 5 to 30 %, and the loss is 0.3 CE + 0.7 KL. The code's
 interval moves from 10 to 26 .. 74 %, its lead is full (30 %) after two fifths of the training, and the loss is between
 0.6 CE + 0.4 KL and half of each, at temperature 2. There tokens leave inside of the language model, by the schedules of
-decoder-site methods; here it is for two other places:
+decoder-site methods; here any site may be the one that shrinks:
 
-    site "encoder": of a picture's patches, rounded to the nearest of a few budgets, for every budget of student and
-        teacher is a program of its own (n budgets: at most n (n + 1) / 2, compiled when first met);
-    site "voco": of the VoCo slots, at least one in use; the counts are arguments of one program.
+    site "encoder": what passes of a picture's patches;
+    site "projector": what a projector makes of them, by the option of its own that sets their number;
+    site "decoder": what the last cut leaves of the tokens that enter the language model. Earlier cuts keep the shape of
+        the stage's own schedule: where that leaves the share s of all tokens, a budget leaves a power of s, the same
+        power at all cuts;
+    site "voco": the VoCo slots in use, at least one.
+
+Of the first three a step's share is rounded to the nearest of a few budgets, for every budget of student and teacher is
+a program of its own (n budgets: at most n (n + 1) / 2, compiled when first met). VoCo counts are arguments of one
+program.
 """
 
 import dataclasses
+import math
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 
-from tokzip_jax import compress, encoder_site
+from tokzip_jax import compress, decoder_site, encoder_site, projectors, vlm
 from tokzip_jax.config import MethodConfig, ModelConfig, ProgressiveConfig, StageConfig
 
-SITES = ("", "encoder", "voco")
+SITES = ("", "encoder", "projector", "decoder", "voco")
 
 
 class Budget(NamedTuple):
-    """Tokens of a picture in one step: visual ones (site "encoder") or VoCo tokens (site "voco").
+    """Tokens of a picture in one step: VoCo tokens (site "voco") or visual ones (all others).
 
     Attributes:
         student: of the student.
-        teacher: of the teacher; 0 = it reads the whole picture, as a frozen one does at site "voco".
+        teacher: of the teacher; 0 = it reads the whole picture, as a frozen one does at sites "voco" and "projector",
+            whose checkpoint need not have been trained with such tokens.
     """
 
     student: int
@@ -62,35 +71,101 @@ def budget(stage: StageConfig, model: ModelConfig, number: int, seed: int, name:
     """
     cfg = stage.progressive
     lot = np.random.default_rng((seed, zlib.crc32(name.encode()), number)).random()
-    whole = model.vit.patches if cfg.site == "encoder" else stage.method.voco
+    whole = _whole(cfg.site, stage.method, model)
     kept = [max(1, round((1 - ratio) * whole)) for ratio in ratios(cfg, number / stage.steps, lot)]
-    if cfg.site == "encoder":
+    if cfg.site != "voco":
         # Of two that are equally near, the larger one.
         kept = [min(cfg.budgets, key=lambda size, wanted=wanted: (abs(size - wanted), -size)) for wanted in kept]
     # Where nobody asks the teacher, its budget makes no program of its own.
     if stage.loss.kl == 0:
         return Budget(kept[0], kept[0])
-    return Budget(kept[0], 0) if cfg.site == "voco" and stage.loss.teacher == "frozen" else Budget(*kept)
+    unknown = cfg.site in ("projector", "voco") and stage.loss.teacher == "frozen"
+    return Budget(kept[0], 0) if unknown else Budget(*kept)
 
 
-def methods(stage: StageConfig, found: Budget) -> tuple[MethodConfig, MethodConfig | None]:
-    """The methods of student and teacher: of site "encoder" each with its tokens, of site "voco" the stage's own; None
-    for a teacher that reads the whole picture."""
-    if stage.progressive.site != "encoder":
-        return stage.method, stage.method if found.teacher else None
-    student, teacher = (_with_tokens(stage.method, tokens) for tokens in found)
+def _whole(site: str, method: MethodConfig, model: ModelConfig) -> int:
+    """The tokens of which a ratio is left out."""
+    if site == "voco":
+        return method.voco
+    return vlm.visual_slots(model, method) if site == "decoder" else model.vit.patches
+
+
+def methods(stage: StageConfig, model: ModelConfig, found: Budget) -> tuple[MethodConfig, MethodConfig | None]:
+    """The methods of student and teacher, each at its budget; None for a teacher that reads the whole picture.
+
+    VoCo counts change no method: of site "voco" both are the stage's own.
+    """
+    student, teacher = (at_budget(stage, model, tokens) if tokens else None for tokens in found)
     return student, teacher
 
 
-def all_methods(stage: StageConfig) -> list[MethodConfig]:
-    """The methods of all budgets, of site "encoder"."""
-    return [_with_tokens(stage.method, tokens) for tokens in stage.progressive.budgets]
+def all_methods(stage: StageConfig, model: ModelConfig) -> list[MethodConfig]:
+    """The methods of all budgets; none of site "voco"."""
+    return [at_budget(stage, model, tokens) for tokens in stage.progressive.budgets]
 
 
-def _with_tokens(method: MethodConfig, tokens: int) -> MethodConfig:
-    """The method at another budget; options that are parts of it keep their share."""
-    options = compress.scaled(method.encoder, method.options, method.tokens, tokens)
-    return dataclasses.replace(method, tokens=tokens, options=options)
+def at_budget(stage: StageConfig, model: ModelConfig, tokens: int) -> MethodConfig:
+    """The stage's method with so many tokens at the site that shrinks.
+
+    Raises:
+        ValueError: a projector that makes no such number.
+    """
+    method = stage.method
+    if stage.progressive.site == "encoder":
+        # Options that are parts of the budget keep their share.
+        options = compress.scaled(method.encoder, method.options, method.tokens, tokens)
+        return dataclasses.replace(method, tokens=tokens, options=options)
+    if stage.progressive.site == "projector":
+        return _projected(method, model, tokens)
+    if stage.progressive.site == "decoder":
+        whole = vlm.visual_slots(model, method)
+        power = math.log(tokens / whole) / math.log(method.decoder_keep[-1] / whole)
+        keep = tuple(round(whole * (kept / whole) ** power) for kept in method.decoder_keep)
+        return dataclasses.replace(method, decoder_keep=keep)
+    return method
+
+
+def tokens_of(site: str, method: MethodConfig, model: ModelConfig) -> int:
+    """The budget that a method of `at_budget` has."""
+    if site == "projector":
+        return vlm.visual_slots(model, method)
+    return {"encoder": method.tokens, "decoder": (method.decoder_keep or (0,))[-1], "voco": method.voco}[site]
+
+
+def _projected(method: MethodConfig, model: ModelConfig, tokens: int) -> MethodConfig:
+    """A projector with the setting of its own that makes `tokens`; its parameters are the same ones."""
+    grid, read = model.vit.grid, projectors.PROJECTORS[method.projector].options
+    # Factors that divide the grid come first: others leave patches out.
+    sides = sorted(range(1, grid + 1), key=lambda side: (grid % side > 0, side))
+    tried = {
+        "pool_grid": [{"pool_grid": side, "pool_rows": 0} for side in sides],
+        "content_grid": [{"content_grid": side} for side in sides],
+        "factor": [{"factor": side} for side in sides],
+        "level": [{"level": level} for level in range(grid.bit_length())],
+        "queries": [{"queries": count} for count in range(1, model.projector.queries + 1)],
+    }
+    option = next((name for name in tried if name in read), None)
+    if option is None:
+        able = [name for name, entry in projectors.PROJECTORS.items() if tried.keys() & set(entry.options)]
+        raise ValueError(
+            f"the projector {method.projector!r} has no option that sets how many tokens it makes; choose one of "
+            f"{', '.join(map(repr, able))}"
+        )
+    made, wrong = {}, ""
+    for changes in tried[option]:
+        changed = dataclasses.replace(method, **{name: value for name, value in changes.items() if name in read})
+        try:
+            projectors.check(method.projector, model, changed)
+        except ValueError as error:
+            wrong = str(error)
+            continue
+        made.setdefault(vlm.visual_slots(model, changed), changed)
+    if not made:
+        raise ValueError(wrong)
+    if tokens not in made:
+        known = ", ".join(map(str, sorted(made)))
+        raise ValueError(f"the projector {method.projector!r} cannot make {tokens} tokens, but {known}")
+    return made[tokens]
 
 
 def check(key: str, stage: StageConfig, model: ModelConfig) -> None:
@@ -106,10 +181,10 @@ def check(key: str, stage: StageConfig, model: ModelConfig) -> None:
     cfg, method = stage.progressive, stage.method
     key = f"{key}.progressive"
     if cfg.site not in SITES:
-        raise ValueError(f"{key}.site = {cfg.site!r} is unknown; choose one of '', 'encoder', 'voco'")
+        raise ValueError(f"{key}.site = {cfg.site!r} is unknown; choose one of {', '.join(map(repr, SITES))}")
     if not cfg.site:
         if cfg != ProgressiveConfig():
-            raise ValueError(f"{key} has no site: set {key}.site to 'encoder' or 'voco'")
+            raise ValueError(f"{key} has no site: set {key}.site to one of {', '.join(map(repr, SITES[1:]))}")
         return
     for name in ("low", "high", "final_low", "final_high", "lead", "final_lead", "lead_by"):
         value = getattr(cfg, name)
@@ -126,13 +201,46 @@ def check(key: str, stage: StageConfig, model: ModelConfig) -> None:
                 f"{key}.site = 'voco' needs method.voco >= 2 (it is {method.voco}) and takes no budgets (they are "
                 f"{cfg.budgets})"
             )
+        if method.voco_start != "embedding":
+            raise ValueError(
+                f"{key}.site = 'voco' uses fewer than the {method.voco} tokens that method.voco_start = "
+                f"{method.voco_start!r} starts from a part of the picture each; it must be 'embedding'"
+            )
         return
-    if method.encoder == "none" or not cfg.budgets:
+    named = method.projector if cfg.site == "projector" else getattr(method, cfg.site)
+    if named == "none" or not cfg.budgets:
         raise ValueError(
-            f"{key}.site = 'encoder' needs method.encoder (it is {method.encoder!r}) and the numbers of tokens in "
+            f"{key}.site = {cfg.site!r} needs method.{cfg.site} (it is {named!r}) and the numbers of tokens in "
             f"{key}.budgets (they are {cfg.budgets})"
         )
+    if cfg.site == "projector" and method.draw_budget:
+        raise ValueError(f"{key}.site = 'projector' chooses what method.draw_budget = True draws; that must be False")
+    if cfg.site == "decoder":
+        _check_shape(key, stage, model)
     for tokens in cfg.budgets:
         if tokens < 1:
             raise ValueError(f"{key}.budgets: {tokens} tokens must be at least 1")
-        encoder_site.check(f"{key}.budgets", model, _with_tokens(method, tokens))
+        try:
+            made = at_budget(stage, model, tokens)
+        except ValueError as error:
+            raise ValueError(f"{key}.budgets: {error}") from None
+        if cfg.site == "encoder":
+            encoder_site.check(f"{key}.budgets", model, made)
+        if cfg.site == "decoder":
+            try:
+                decoder_site.check(made, vlm.visual_slots(model, made), model.llm)
+            except ValueError as error:
+                raise ValueError(f"{key}.budgets: {tokens} tokens: {error}") from None
+
+
+def _check_shape(key: str, stage: StageConfig, model: ModelConfig) -> None:
+    """The stage's own schedule gives the others their shape: it has to drop something."""
+    whole = vlm.visual_slots(model, stage.method)
+    decoder_site.check(stage.method, whole, model.llm)
+    if stage.method.decoder_keep[-1] >= whole:
+        raise ValueError(
+            f"{key}.site = 'decoder' scales method.decoder_keep = {stage.method.decoder_keep}, of which the last cut "
+            f"must leave fewer than the {whole} tokens that enter"
+        )
+    if not 1 <= min(stage.progressive.budgets) <= max(stage.progressive.budgets) <= whole:
+        raise ValueError(f"{key}.budgets = {stage.progressive.budgets} must lie between 1 and {whole} tokens")

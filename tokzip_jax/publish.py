@@ -40,7 +40,7 @@ def publish(workdir: Workdir, output: pathlib.Path, stages: Sequence[str] = ()) 
     """
     if not output.name.endswith(SUFFIX):
         raise ValueError(f"--output={output} must end in {SUFFIX}")
-    workdir.read_config()
+    known = set(workdir.read_config().stages)
     for stage in stages:
         if checkpoint.finished(workdir.checkpoints(stage)) is None:
             raise FileNotFoundError(
@@ -50,7 +50,7 @@ def publish(workdir: Workdir, output: pathlib.Path, stages: Sequence[str] = ()) 
     beside = output.with_name(f"{output.name}.partial")
     with tempfile.TemporaryDirectory() as scratch:
         root = pathlib.Path(scratch)
-        _copy(workdir.root, root, stages)
+        _copy(workdir.root, root, stages, known)
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
         with tarfile.open(beside, "w:gz") as archive:
             for name in names:
@@ -59,10 +59,15 @@ def publish(workdir: Workdir, output: pathlib.Path, stages: Sequence[str] = ()) 
     return names
 
 
-def _copy(source: pathlib.Path, target: pathlib.Path, stages: Sequence[str]) -> None:
+def _copy(source: pathlib.Path, target: pathlib.Path, stages: Sequence[str], known: set[str]) -> None:
+    """What is published, file by file; `known` are the stages of the config."""
     found = [source / name for name in FILES if (source / name).exists()]
     found += [path for pattern in RESULTS for path in (source / "eval").rglob(pattern)]
-    found += (source / "checkpoints").glob(f"*/{checkpoint.FINAL}")
+    # A training without parameters and without rows is of no use: it would count as done, and could not be measured.
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in (source / "eval").rglob("rows/*.json")]
+    counted = known | {row["origin"]["row"]["stage"] for row in rows}
+    markers = (source / "checkpoints").glob(f"*/{checkpoint.FINAL}")
+    found += [path for path in markers if path.parent.name in counted]
     for path in found:
         text = path.read_text(encoding="utf-8")
         if path.name == "environment.json":  # what it ran on, without the directories of whoever ran it

@@ -45,7 +45,8 @@ class Stage:
         abstract: the state's shapes and shardings, for restoring.
         begin: makes the state of step 0.
         teacher: frozen parameters for the KL term, or None (no such term, or the model without its LoRA deltas).
-        budget: what student and teacher read in a step, by its number; None without a progressive schedule.
+        budget: how many tokens student and teacher read in a step, by its number; None without a progressive schedule.
+        reads: the methods of student and teacher at such a budget (`progressive.methods`), likewise.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     begin: Callable[[], TrainState]
     teacher: Params | None
     budget: Callable[[int], progressive.Budget] | None = None
+    reads: Callable[[progressive.Budget], tuple[MethodConfig, MethodConfig | None]] | None = None
 
     @property
     def run_step(self) -> RunStep:
@@ -68,7 +70,7 @@ class Stage:
         if self.budget is None:
             return self.run_step, self.given(number)
         found = self.budget(number)
-        student, teacher = progressive.methods(self.cfg, found)
+        student, teacher = self.reads(found)
         counts = found if self.cfg.progressive.site == "voco" else [voco_count(self.cfg, number)] * 2
         given = np.asarray(counts if teacher else counts[0], np.int32)
         return self.program(student, teacher), {**self.given(number), "counts": given}
@@ -235,11 +237,10 @@ def _program(
             key=key,
             max_targets=targets,
         )
-        if reads is None and stage.progressive.site:
-            metrics |= {"student_tokens": jnp.float32(counts)}
-        elif reads is not None:
-            read = counts if stage.progressive.site == "voco" else (method.tokens, reads.tokens)
-            metrics |= {"student_tokens": jnp.float32(read[0]), "teacher_tokens": jnp.float32(read[1])}
+        if site := stage.progressive.site:
+            budgets = [progressive.tokens_of(site, one, model) for one in (method, reads) if one]
+            read = jnp.float32(counts).reshape(-1) if site == "voco" else jnp.float32(budgets)
+            metrics |= dict(zip(("student_tokens", "teacher_tokens"), read))
         return following, {**metrics, "learning_rate": given["rate"]}
 
     return jax.jit(run_step, donate_argnums=0, out_shardings=(_places(_abstract(mesh, stage, params)), None))
@@ -275,10 +276,11 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
 
     targets = cfg.data.targets or cfg.data.text_length
     program = functools.partial(_program, cfg.model, _of_any_length(stage), targets, mesh)
-    budget = None
+    budget = reads = None
     if stage.progressive.site:
         budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed + stage.seed, name=drawn_as)
-    return Stage(name, stage, program, given, abstract, begin, _teacher(cfg, stage, mesh, workdir), budget)
+        reads = functools.partial(progressive.methods, stage, cfg.model)
+    return Stage(name, stage, program, given, abstract, begin, _teacher(cfg, stage, mesh, workdir), budget, reads)
 
 
 def voco_count(stage: StageConfig, number: int) -> int:
