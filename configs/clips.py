@@ -25,7 +25,7 @@ from tokzip_jax.config_io import to_config_dict
 from tokzip_jax.study import Variant
 
 FRAMES = 4
-STEPS = 1500
+STEPS = 1400
 
 
 def get_config(runs="runs"):
@@ -43,7 +43,7 @@ def run_config(runs: str = "runs") -> c.RunConfig:
         images=FRAMES,
         text_length=128,
         targets=32,
-        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=6, train=16000, validation=300, test=1000),
+        scenes=c.ScenesConfig(difficulty="easy", frames=FRAMES, questions=6, train=16000, validation=300, test=400),
     )
     return dataclasses.replace(
         given,
