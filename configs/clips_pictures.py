@@ -7,6 +7,9 @@ It starts from the uncompressed model of a run of `configs/scenes.py` in `runs/s
 the cells of a grid over it, as in `configs/scenes_best.py` and for as many steps, or as many tokens of average pooling
 and a linear layer. One seed, at the learning rate that nearly all of those stages were best at; what compares methods
 are those two configs. Give the command twice to use two CPU cores.
+
+One x86-64 CPU core: 22 minutes (2026-11-30, drawing of the pictures included). Expect 85, 93 and 98 % with 1, 2 and 8
+VoCo tokens, and 81, 89 and 96 with as many of average pooling.
 """
 
 import dataclasses

@@ -11,6 +11,9 @@ the validation split chooses one, three seeds, and a column at the training time
 
 How far one token comes is asked once, with one seed and at one learning rate: ten times the steps of the study, for
 VoCo from cells and for pooling. Give the command twice to use two CPU cores.
+
+Two x86-64 CPU cores: its 38 trainings make 105 minutes of one core (2026-11-30). Expect, with four tokens, 98 % from
+cells, 94 with average pooling and 92 from embeddings alone; with one 85, 81 and 84, and 93 with ten times the steps.
 """
 
 import dataclasses

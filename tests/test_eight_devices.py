@@ -1,4 +1,5 @@
-"""What holds on one device holds on a mesh of eight: elastic numbers, joined caches, frames apart, gated deltas."""
+"""What holds on one device holds on a mesh of eight: elastic and chosen numbers, joined and streamed caches, frames
+apart, gated deltas."""
 
 import dataclasses
 import functools
@@ -10,8 +11,8 @@ import pytest
 import tiny_model as tiny
 from test_lora import GATED, adapted
 
-from tokzip_jax import llm, lora, onepass, sharding, vlm, voco
-from tokzip_jax.config import MeshConfig
+from tokzip_jax import elastic, llm, lora, onepass, sharding, video, vlm, voco
+from tokzip_jax.config import AutoConfig, MeshConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.types import IMAGE_ID, TEACHER, TEXT, VISION, VOCO, VOCO_ID
 
@@ -68,6 +69,41 @@ def test_joined_caches_are_one_masked_pass(mesh):
     logits, places = jax.device_get(tiny.forward(params, sharding.shard_batch(mesh, batch), TABLE, count))
     expected = [tiny.logits_of_text(logits, places, row, kind=TEXT)[-1] for row in range(4)]
     tiny.close(found.logits_BV, expected, atol=1e-4)
+
+
+def test_a_streamed_video_is_one_masked_pass(mesh):
+    """Frame by frame into a cache of fixed size, its positions compact in the pass as well."""
+    method = dataclasses.replace(tiny.METHOD, voco=2, positions="compact")
+    params, pictures = spread(mesh, tiny.params()), tiny.images(4, 3, seed=6)
+    builder = video.Builder(CFG, params, method, frames=3, rows=4, text_length=8)
+    for frame in range(3):
+        batch = {**tiny.batch([[FRAME]] * 4, 2), "images": pictures[:, frame : frame + 1]}
+        builder.add(sharding.shard_batch(mesh, batch))
+    assert is_spread(builder.cache.k)
+    ids = tiny.batch([[question] for question in QUESTIONS], 8)["ids"]
+    found = jax.jit(voco.ask, static_argnums=0, static_argnames="max_new")(CFG, params, builder.cache, ids, max_new=1)
+    batch = {**tiny.batch([[FRAME * 3, question] for question in QUESTIONS], 12), "images": pictures}
+    placed = sharding.shard_batch(mesh, batch)
+    logits, places = jax.device_get(tiny.forward(params, placed, TABLE, np.int32(2), method=method))
+    expected = [tiny.logits_of_text(logits, places, row, kind=TEXT)[-1] for row in range(4)]
+    tiny.close(found.logits_BV, expected, atol=1e-4)
+
+
+def test_numbers_are_chosen_as_on_one_device(mesh):
+    """k=auto: of each question the same number, and the logits of a reading with that many tokens."""
+    auto = AutoConfig(ladder=(1, 2, 8), threshold=0.3)
+    batch = tiny.batch([[FRAME]] * 4, 2)
+    ids = tiny.batch([[question] for question in QUESTIONS], 8)["ids"]
+    build = jax.jit(voco.build, static_argnums=(0, 3))
+    ask = jax.jit(elastic.ask, static_argnums=(0, 4), static_argnames="max_new")
+    cache = build(CFG, spread(mesh, tiny.params()), sharding.shard_batch(mesh, batch), tiny.METHOD)
+    prompt, chosen = ask(CFG, spread(mesh, tiny.params()), cache, ids, auto, max_new=1)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, model=1), jax.devices()[:1])):
+        params = jax.device_get(tiny.params())
+        expected, numbers = ask(CFG, params, build(CFG, params, batch, tiny.METHOD), ids, auto, max_new=1)
+    np.testing.assert_array_equal(chosen, numbers)
+    assert len(set(np.asarray(numbers).tolist())) > 1
+    tiny.close(prompt.logits_BV, expected.logits_BV, atol=1e-4)
 
 
 def test_frames_do_not_see_one_another(mesh):

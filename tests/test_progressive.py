@@ -11,7 +11,7 @@ import tiny_model as tiny
 from small_run import ROOT, load_file
 
 from tokzip_jax import config_check, progressive, recipe, sharding, step, vlm
-from tokzip_jax.config import LossConfig, MeshConfig, MethodConfig, ProgressiveConfig, StageConfig
+from tokzip_jax.config import LossConfig, MeshConfig, MethodConfig, OptimConfig, ProgressiveConfig, StageConfig
 from tokzip_jax.masks import TABLES
 from tokzip_jax.progressive import Budget
 from tokzip_jax.types import IMAGE_ID, VOCO_ID
@@ -231,6 +231,31 @@ def test_a_step_takes_the_program_of_its_budget(tmp_path):
     plain = dataclasses.replace(VOCO, progressive=ProgressiveConfig(), voco_counts=(1, 4))
     ready = recipe.prepare(run_of(plain), "a", mesh, Workdir(tmp_path))
     assert ready.at(3)[0] is ready.run_step and ready.at(3)[1]["counts"] == 4
+
+
+def test_a_step_of_cuts_on_eight_devices_is_that_on_one(tmp_path):
+    """Student and teacher cut by their own schedules, in the recipe's own program; what it logs are the two budgets."""
+    method = MethodConfig(decoder="fastv", decoder_layers=(1,), decoder_keep=(4,))
+    cfg = run_of(dataclasses.replace(DECODER, method=method, train=("llm/.*",), optim=OptimConfig(clip_norm=0.0)))
+    data = dataclasses.replace(cfg.data, vocab_size=32, questions=1, targets=4)
+    model = dataclasses.replace(tiny.MODEL, llm=dataclasses.replace(tiny.LLM, layers=2))
+    cfg = dataclasses.replace(cfg, model=model, data=data)
+    config_check.validate(cfg)
+    batch = {**tiny.batch([ROW, ROW[:1] + ROW[2:]] * 4, 10), "captions": np.zeros((8, 4), np.int32)}
+    found = []
+    for mesh in (sharding.make_mesh(MeshConfig(data=4, model=2)), sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        with jax.set_mesh(mesh):
+            ready = recipe.prepare(cfg, "a", mesh, Workdir(tmp_path))
+            number = next(n for n in range(10) if ready.budget(n).student < ready.budget(n).teacher < 16)
+            program, given = ready.at(number)
+            placed = sharding.shard_batch(mesh, batch)
+            state, metrics = program(ready.begin(), placed, None, sharding.place(mesh, given))
+            assert (metrics["student_tokens"], metrics["teacher_tokens"]) == ready.budget(number)
+            found.append(jax.device_get((metrics["kl"], metrics["loss"], state.params)))
+    (kl, loss, params), expected = found
+    assert kl > 1e-6
+    np.testing.assert_allclose([kl, loss], expected[:2], rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, expected[2])
 
 
 ROW = [[1, IMAGE_ID, VOCO_ID], [5, 6], ([7, 8, 9], {"supervised": True})]
