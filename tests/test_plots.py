@@ -176,7 +176,7 @@ def test_families_are_rows_whose_names_differ_in_one_number():
         "unshuffle 2 at": ["unshuffle 2 at 4", "unshuffle 2 at 16"],
         "kl 0.5 long": ["kl 0.5 long"],
         "mlp 2": ["mlp 2 @4", "mlp 2 @16"],
-        "mlp 3": ["mlp 3 @4"],
+        "mlp 3 @4": ["mlp 3 @4"],
         "16": ["16"],
         "4": ["4"],
     }

@@ -44,8 +44,13 @@ def run(one_device, tmp_path_factory):
 def test_the_work_goes_on_from_what_was_published(run, tmp_path):
     cfg, workdir = run
     # A training that was made for a table and not measured yet stays behind: it would count as done there.
-    shutil.copytree(workdir.checkpoints("more"), workdir.checkpoints("more-lr0.1-seed0"))
-    names = publish.publish(workdir, tmp_path / "some" / "run.tar.gz", ["base"])
+    for name in ("lr0.1", "lr0.2", "lr0.3"):
+        shutil.copytree(workdir.checkpoints("more"), workdir.checkpoints(f"more-{name}"), dirs_exist_ok=True)
+    # Of two others one is asked for, and of one there is a row.
+    row = json.loads((workdir.eval / "rows" / "upper.json").read_text())
+    row["origin"]["row"]["stage"] = "more-lr0.3"
+    (workdir.eval / "rows" / "upper more-lr0.3.json").write_text(json.dumps(row))
+    names = publish.publish(workdir, tmp_path / "some" / "run.tar.gz", ["base", "more-lr0.2"])
     other = Workdir(tmp_path / "other")
     with tarfile.open(tmp_path / "some" / "run.tar.gz") as archive:
         archive.extractall(other.root, filter="data")
@@ -53,7 +58,9 @@ def test_the_work_goes_on_from_what_was_published(run, tmp_path):
     assert [path.name for path in (tmp_path / "some").iterdir()] == ["run.tar.gz"]
     [was], [told] = (json.loads((where.root / "environment.json").read_text()) for where in (workdir, other))
     assert told == {key: value for key, value in was.items() if key != "command"} and "command" in was
-    assert {path.name for path in (other.root / "checkpoints").iterdir()} == {"base", "more"}
+    kept = {path.parent.name for path in (other.root / "checkpoints").glob("*/FINAL.json")}
+    assert kept == {"base", "more", "more-lr0.2", "more-lr0.3"}
+    assert len(checkpoint.stored_paths(other.checkpoints("more-lr0.2"))) > 0
     # Both stages count as trained; one has parameters, the same ones, and nothing of its optimiser.
     assert [checkpoint.finished(other.checkpoints(name)) for name in cfg.stages] == [1, 1]
     first, second = (flatten(checkpoint.read_params(where.checkpoints("base"))) for where in (workdir, other))

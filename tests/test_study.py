@@ -367,7 +367,9 @@ def test_step_times_are_measured_once(done, tmp_path, monkeypatch):
         ({"seeds": ()}, "study.seeds is empty"),
         ({"seeds": (0, -1)}, "study.seeds entry = -1 must be >= 0"),
         ({"learning_rates": (1e-3, 0.0)}, "study.learning_rates entry = 0.0 must be above 0"),
-        ({"equal_time": "base"}, "study.equal_time = 'base' is unknown; choose one of '', 'voco', 'pooled'"),
+        ({"equal_time": "vocos"}, "study.equal_time = 'vocos' is unknown; choose one of '', "),
+        ({"equal_time": "base"}, "study.equal_time = 'base' would be timed and not trained, but a stage begins"),
+        ({"stages": ()}, "study.equal_time = 'voco' is unknown; choose one of ''"),
         ({"limit": -1}, "study.limit = -1 must be >= 0"),
         ({"split": "test"}, "study.split = 'test' would choose learning rates on what eval.split measures"),
     ],
@@ -378,14 +380,24 @@ def test_studies_that_cannot_be(changes, words, tmp_path):
     assert words in str(error.value)
 
 
-def test_a_stage_may_say_how_long_alone(tmp_path):
-    """Equal time may be that of a stage that nothing reads or begins from; of one that a row reads it may not."""
-    cfg = config(str(tmp_path), stages=("pooled",), equal_time="spare")
-    stages = {**cfg.stages, "spare": cfg.stages["voco"]}
-    config_check.validate(dataclasses.replace(cfg, stages=stages))
+def test_a_stage_may_say_how_long_alone(tmp_path, monkeypatch):
+    """One that nothing reads or begins from is timed with the others and never trained; one that a row reads is not."""
+    cfg = config(str(tmp_path), stages=("pooled",), learning_rates=(), equal_time="spare")
+    cfg = dataclasses.replace(cfg, stages={**cfg.stages, "spare": cfg.stages["voco"]})
+    config_check.validate(cfg)
     rows = {**cfg.rows, "spare": dataclasses.replace(cfg.rows["VoCo 1"], stage="spare")}
-    with pytest.raises(ValueError, match=r"study\.equal_time = 'spare' is unknown"):
-        config_check.validate(dataclasses.replace(cfg, stages=stages, rows=rows))
+    with pytest.raises(ValueError, match=r"study\.equal_time = 'spare' would be timed and not trained, but"):
+        config_check.validate(dataclasses.replace(cfg, rows=rows))
+    # Everything is trained but what says "spare", and the trainings of equal length.
+    monkeypatch.setattr(study, "finished", lambda path: None if "spare" in path or "-steps" in path else 1)
+    asked = []
+    monkeypatch.setattr(
+        step_times, "measure", lambda stages, *_: asked.extend(stages) or {"pooled": 1.0, "spare": 3.0}
+    )
+    made, steps = Study(cfg, Workdir(tmp_path), sharding.make_mesh(cfg.mesh)), 3 * cfg.stages["voco"].steps
+    _, name = next(made.trainings())
+    assert name == f"pooled-lr{cfg.stages['pooled'].optim.learning_rate:g}-seed0-steps{steps}"
+    assert asked == ["pooled", "spare"]
 
 
 def test_a_stage_needs_a_row_to_be_judged_by(tmp_path):

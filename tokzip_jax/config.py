@@ -169,7 +169,8 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgressiveConfig:
-    """Compression that grows over a stage, see `progressive`; ratios are shares of the tokens that are left out.
+    """Compression that grows over a stage, see `progressive`; ratios are shares of the tokens that are left out: of all
+    patches (sites "encoder" and "projector"), of what enters the language model, or of the VoCo tokens.
 
     The defaults are those of EPIC's code; in its paper the largest ratio goes from 0.05 to 0.9, and the teacher's lead
     from 0.05 to 0.3 over the whole stage.

@@ -15,6 +15,7 @@ from tokzip_jax import (
 )
 from tokzip_jax.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from tokzip_jax.data import anyres, clips, shapes
+from tokzip_jax.projectors import weights_name
 from tokzip_jax.require import at_least, one_of, require, within
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -243,6 +244,13 @@ def _stage(key: str, stage: StageConfig, cfg: RunConfig) -> None:
     distill.check(key, stage)
     elastic.check_draw(key, stage)
     progressive.check(key, stage, cfg.model)
+    cut = stage.progressive.site == "decoder" and stage.loss.kl > 0 and stage.loss.teacher == "frozen"
+    own, given = stage.method.projector, origin.method.projector if origin else "mlp2x_gelu"
+    require(
+        not cut or weights_name(own) == weights_name(given),
+        f"{key}.progressive.site = 'decoder' cuts what {key}.method.projector = {own!r} makes, and the frozen "
+        f"teacher's projector is {given!r}: they must be the same, or {key}.loss.teacher = 'self'",
+    )
     require(
         stage.method.positions == "original" or not distill.shares_a_pass(stage.loss, stage.progressive.site),
         f"{key}.method.positions = {stage.method.positions!r} moves pictures away from where a teacher reads them in "
@@ -290,7 +298,11 @@ def _study(cfg: RunConfig) -> None:
     for rate in study.learning_rates:
         require(0 < rate < math.inf, f"study.learning_rates entry = {rate} must be above 0 and finite")
     # A stage that only says how long a training takes is timed and not trained: nothing may need its checkpoint.
+    one_of("study.equal_time", study.equal_time, ["", *cfg.stages] if study.stages else [""])
     needed = {stage.init_from for stage in cfg.stages.values()} | {row.stage for row in cfg.rows.values()}
-    spare = [name for name in cfg.stages if name not in (*study.stages, *needed)]
-    one_of("study.equal_time", study.equal_time, ["", *study.stages, *spare])
+    require(
+        study.equal_time in ("", *study.stages) or study.equal_time not in needed,
+        f"study.equal_time = {study.equal_time!r} would be timed and not trained, but a stage begins from it or a row "
+        "reads it; add it to study.stages, or name another stage",
+    )
     at_least("study.limit", study.limit, 0)

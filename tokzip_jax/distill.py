@@ -5,7 +5,8 @@
     "self"         the model's, now       the student's visual tokens, no VoCo token     the student's (`onepass`)
 
 A progressive schedule gives a teacher a budget of its own for the student's compressor, and a pass of its own; but not
-a frozen one over VoCo tokens, which its checkpoint need not have been trained to read: it reads the whole picture.
+a frozen one over VoCo tokens or behind a projector, which its checkpoint need not have been trained to read: it reads
+the whole picture, or the largest budget where its projector is the student's and knows no whole.
 Weights mix the terms: `ce` and `kl` of the student, `teacher_ce` of the text that reads the student's visual tokens
 without VoCo tokens, with gradient. That one is a self-teacher's anchor: a KL alone is zero, too, where teacher and
 student agree on nonsense. A frozen teacher needs none. The student's own cross entropy is a weaker anchor, and the one
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 
 import jax
 
-from tokzip_jax import llm, losses, onepass, vlm
+from tokzip_jax import llm, losses, onepass, progressive, projectors, vlm
 from tokzip_jax.config import LossConfig, MethodConfig, ModelConfig, StageConfig
 from tokzip_jax.types import Array, Params
 
@@ -180,9 +181,12 @@ def _second_pass(
     count: Array | int,
     key: Array,
 ) -> vlm.Forward:
+    (projector,) = weights["projector"]
     if reads is None:
-        reads, count = dataclasses.replace(stage.method, **PLAIN), 0
-    if stage.loss.teacher == "frozen":
-        (projector,) = weights["projector"]
+        whole, count = stage.method, 0
+        if stage.progressive.site == "projector":
+            whole = progressive.at_budget(stage, cfg, max(stage.progressive.budgets))
+        reads = dataclasses.replace(whole, **PLAIN, projector=projector)
+    elif projectors.weights_name(reads.projector) != projector:
         reads = dataclasses.replace(reads, projector=projector)
     return vlm.forward(cfg, weights, batch, reads, voco_count=count, key=key)

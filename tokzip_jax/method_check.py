@@ -102,7 +102,8 @@ def same_projector(key: str, row: RowConfig, cfg: RunConfig) -> None:
         f"voco = {trained.voco} and {trained.voco_start!r}: what tokens start from, and from which parts, must agree",
     )
     require(not method.draw_budget, f"{key}.method.draw_budget = True is for training; a row needs a fixed budget")
-    most = trained.queries or cfg.model.projector.queries
+    schedule, every = cfg.stages[row.stage].progressive, cfg.model.projector.queries
+    most = max(schedule.budgets) if schedule.site == "projector" else trained.queries or every
     require(
         method.projector != "mqt" or (method.queries or cfg.model.projector.queries) <= most,
         f"{key}.method.queries = {method.queries} (0 = all) is more than stage {row.stage!r} trains; it must lie "

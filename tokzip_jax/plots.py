@@ -142,11 +142,12 @@ def _width(panel: KeptPanel | LooksPanel) -> float:
 
 def _title(panel: KeptPanel | LooksPanel) -> str:
     """What stands above a panel, in lines that are no wider than it is."""
-    lines = textwrap.wrap(panel.title, max(1, int(_width(panel) * HEIGHT / LETTER)))
+    wide = max(1, int(_width(panel) * HEIGHT / LETTER))
+    lines = textwrap.wrap(panel.title, wide)
     if isinstance(panel, LooksPanel):
         across, down = _axes(panel)
         below = f", {down[0]} 1-{down[1]} ↓" if down[1] > 1 else ""
-        lines.append(f"{across[0]} 1-{across[1]} →{below}")
+        lines += textwrap.wrap(f"{across[0]} 1-{across[1]} →{below}", wide)
     return "\n".join(lines)
 
 

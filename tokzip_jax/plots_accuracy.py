@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -114,8 +115,8 @@ def families(rows: Sequence[RowResult]) -> dict[str, list[RowResult]]:
     """Rows whose names differ in one number, under the name without it: voco_1 and voco_4 are both voco.
 
     Numbers that all of them share stay in the name ("unshuffle 2 at 4" and "unshuffle 2 at 16" are "unshuffle 2 at");
-    where names differ in several numbers, it is the last one of them that a family leaves out. A row without such
-    relatives is a family of its own, under its full name.
+    where names differ in several numbers, it is the last one of them that a family leaves out. A row without relatives
+    is a family of its own, under its full name.
     """
     alike: dict[str, list[RowResult]] = {}
     for row in rows:
@@ -126,16 +127,18 @@ def families(rows: Sequence[RowResult]) -> dict[str, list[RowResult]]:
         varying = [place for place, values in enumerate(zip(*numbers)) if len(set(values)) > 1]
         for row in members:
             names[id(row)] = _without(row.method, varying[-1]) if varying else row.method
+    sizes = Counter(names.values())
     found: dict[str, list[RowResult]] = {}
     for row in rows:  # again, so that families stand in the order of their first rows
-        found.setdefault(names[id(row)], []).append(row)
+        name = names[id(row)]
+        found.setdefault(name if sizes[name] > 1 else row.method, []).append(row)
     return found
 
 
 def _without(name: str, place: int) -> str:
     """A name without one of its numbers, the one at `place` among them."""
     span = list(re.finditer(NUMBER, name))[place]
-    return name[: span.start()] + name[span.end() :] or name
+    return (name[: span.start()] + name[span.end() :]).rstrip(" ,_@-") or name
 
 
 def _draw_bounds(axes: Axes, bounds: Sequence[RowResult], key: Measure) -> None:

@@ -20,6 +20,8 @@ program.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 import zlib
 from typing import NamedTuple
@@ -126,19 +128,22 @@ def at_budget(stage: StageConfig, model: ModelConfig, tokens: int) -> MethodConf
 
 
 def tokens_of(site: str, method: MethodConfig, model: ModelConfig) -> int:
-    """The budget that a method of `at_budget` has."""
+    """The budget that a method of `at_budget` has, of another site than "voco"."""
     if site == "projector":
         return vlm.visual_slots(model, method)
-    return {"encoder": method.tokens, "decoder": (method.decoder_keep or (0,))[-1], "voco": method.voco}[site]
+    return method.tokens if site == "encoder" else method.decoder_keep[-1]
 
 
+@functools.lru_cache(maxsize=256)
 def _projected(method: MethodConfig, model: ModelConfig, tokens: int) -> MethodConfig:
-    """A projector with the setting of its own that makes `tokens`; its parameters are the same ones."""
+    """A projector with the setting of its own that makes `tokens`, the one it has if that does; its parameters are the
+    same ones."""
     grid, read = model.vit.grid, projectors.PROJECTORS[method.projector].options
     # Factors that divide the grid come first: others leave patches out.
     sides = sorted(range(1, grid + 1), key=lambda side: (grid % side > 0, side))
+    flat = [{"pool_rows": down, "pool_grid": across} for down, across in itertools.combinations(sorted(sides), 2)]
     tried = {
-        "pool_grid": [{"pool_grid": side, "pool_rows": 0} for side in sides],
+        "pool_grid": [{"pool_grid": side, "pool_rows": 0} for side in sides] + flat,
         "content_grid": [{"content_grid": side} for side in sides],
         "factor": [{"factor": side} for side in sides],
         "level": [{"level": level} for level in range(grid.bit_length())],
@@ -151,7 +156,7 @@ def _projected(method: MethodConfig, model: ModelConfig, tokens: int) -> MethodC
             f"the projector {method.projector!r} has no option that sets how many tokens it makes; choose one of "
             f"{', '.join(map(repr, able))}"
         )
-    made, wrong = {}, ""
+    made, wrong = {vlm.visual_slots(model, method): method}, ""
     for changes in tried[option]:
         changed = dataclasses.replace(method, **{name: value for name, value in changes.items() if name in read})
         try:
@@ -160,9 +165,9 @@ def _projected(method: MethodConfig, model: ModelConfig, tokens: int) -> MethodC
             wrong = str(error)
             continue
         made.setdefault(vlm.visual_slots(model, changed), changed)
-    if not made:
-        raise ValueError(wrong)
     if tokens not in made:
+        if wrong and len(made) == 1:
+            raise ValueError(wrong)
         known = ", ".join(map(str, sorted(made)))
         raise ValueError(f"the projector {method.projector!r} cannot make {tokens} tokens, but {known}")
     return made[tokens]
@@ -236,7 +241,6 @@ def check(key: str, stage: StageConfig, model: ModelConfig) -> None:
 def _check_shape(key: str, stage: StageConfig, model: ModelConfig) -> None:
     """The stage's own schedule gives the others their shape: it has to drop something."""
     whole = vlm.visual_slots(model, stage.method)
-    decoder_site.check(stage.method, whole, model.llm)
     if stage.method.decoder_keep[-1] >= whole:
         raise ValueError(
             f"{key}.site = 'decoder' scales method.decoder_keep = {stage.method.decoder_keep}, of which the last cut "

@@ -65,7 +65,7 @@ def _copy(source: pathlib.Path, target: pathlib.Path, stages: Sequence[str], kno
     found += [path for pattern in RESULTS for path in (source / "eval").rglob(pattern)]
     # A training without parameters and without rows is of no use: it would count as done, and could not be measured.
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in (source / "eval").rglob("rows/*.json")]
-    counted = known | {row["origin"]["row"]["stage"] for row in rows}
+    counted = known | set(stages) | {row["origin"]["row"]["stage"] for row in rows}
     markers = (source / "checkpoints").glob(f"*/{checkpoint.FINAL}")
     found += [path for path in markers if path.parent.name in counted]
     for path in found:

@@ -238,8 +238,10 @@ def _program(
             max_targets=targets,
         )
         if site := stage.progressive.site:
-            budgets = [progressive.tokens_of(site, one, model) for one in (method, reads) if one]
-            read = jnp.float32(counts).reshape(-1) if site == "voco" else jnp.float32(budgets)
+            if site == "voco":
+                read = jnp.float32(counts).reshape(-1)
+            else:
+                read = [jnp.float32(progressive.tokens_of(site, one, model)) for one in (method, reads) if one]
             metrics |= dict(zip(("student_tokens", "teacher_tokens"), read))
         return following, {**metrics, "learning_rate": given["rate"]}
 
@@ -275,7 +277,8 @@ def prepare(cfg: RunConfig, name: str, mesh: Mesh, workdir: Workdir) -> Stage:
         return jax.jit(begun, out_shardings=_places(abstract), donate_argnums=0)(params)
 
     targets = cfg.data.targets or cfg.data.text_length
-    program = functools.partial(_program, cfg.model, _of_any_length(stage), targets, mesh)
+    # Held, so that none is traced again where a schedule has more of them than `_program` keeps.
+    program = functools.cache(functools.partial(_program, cfg.model, _of_any_length(stage), targets, mesh))
     budget = reads = None
     if stage.progressive.site:
         budget = functools.partial(progressive.budget, stage, cfg.model, seed=cfg.seed + stage.seed, name=drawn_as)

@@ -1,6 +1,5 @@
 """How long a step of each stage takes, so that methods can be compared after equal training time."""
 
-import functools
 import statistics
 import time
 from collections.abc import Mapping
@@ -53,8 +52,6 @@ class TimedStage:
     def __init__(self, cfg: RunConfig, name: str, workdir: Workdir, mesh: Mesh, batches: dict[Any, Any]) -> None:
         self.name, self._mesh = name, mesh
         self._stage = recipe.prepare(cfg, name, mesh, workdir)
-        # Held, so that none is traced again when there are more stages than programs that `recipe` keeps.
-        self._at = functools.cache(self._stage.at)
         share, shares = sharding.data_share(mesh)
         data = clips.reading(cfg.data, self._stage.cfg.frame_order)
         sizes = {"image_size": cfg.model.vit.image_size, "batch_size": self._stage.cfg.batch_size // shares}
@@ -72,7 +69,7 @@ class TimedStage:
         return self._stage.cfg.steps * turn // ROUNDS
 
     def _run(self, number: int) -> None:
-        run_step, given = self._at(number)
+        run_step, given = self._stage.at(number)
         self._state, _ = run_step(self._state, self._batch, self._stage.teacher, sharding.place(self._mesh, given))
 
     def warm_up(self) -> None:

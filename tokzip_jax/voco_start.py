@@ -7,6 +7,8 @@ tokens begin as average pooling with a grid of k parts, and the layers go on fro
 A mean knows what is in a part and not where. So the patches may also be pooled in the finer cells of a grid over the
 picture, each cell with a matrix of its own: that is pixel unshuffle and a linear layer, on pooled patches. The matrices
 are what is added to the mean, and zero at first, when the tokens begin as "pooled" ones do.
+
+The parts are those of all k tokens: with fewer of them in use, the first ones would stand for the upper parts alone.
 """
 
 import math
