@@ -9,8 +9,8 @@ in front of that projector, in a 2 x 2 grid (where one token is made, the two ki
 `docs/results/scenes_methods`). Three learning rates, three seeds, as many steps, and a column at the training time of
 one token from cells, which is timed for that and not trained. Give the command twice to use two CPU cores.
 
-One x86-64 CPU core: 58 minutes (2026-11-30). Expect 83 % with one token from a mean and 96 with four, and 95 with four of
-average pooling in front of the base's projector (96 after the same time).
+One x86-64 CPU core: 58 minutes (2026-11-30). Expect 83 % with one token from a mean and 96 with four, and 95 with four
+of average pooling in front of the base's projector (96 after the same time).
 """
 
 import dataclasses

@@ -400,6 +400,18 @@ def test_a_stage_may_say_how_long_alone(tmp_path, monkeypatch):
     assert asked == ["pooled", "spare"]
 
 
+def test_nothing_waits_for_a_choice_of_one_rate(tmp_path, monkeypatch):
+    """With one learning rate all seeds are shared out at once; with two the first seed's trainings come first."""
+    monkeypatch.setattr(study, "finished", lambda path: 1)
+    monkeypatch.setattr(Study, "rate", lambda self, stage: study.rates(self.cfg, stage)[0])
+    asked = []
+    monkeypatch.setattr(Study, "_all", lambda self, variants: iter(asked.append([v.seed for v in variants]) or ()))
+    for tried in ((), RATES):
+        cfg = config(str(tmp_path), learning_rates=tried, equal_time="")
+        assert list(Study(cfg, Workdir(tmp_path), sharding.make_mesh(cfg.mesh)).trainings()) == []
+    assert asked == [[], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1]]
+
+
 def test_a_stage_needs_a_row_to_be_judged_by(tmp_path):
     cfg = config(str(tmp_path))
     auto = dataclasses.replace(cfg.rows["VoCo 1"], auto=AutoConfig(ladder=(1,)))

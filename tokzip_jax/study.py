@@ -129,9 +129,11 @@ class Study:
         for name in once:
             if name in origins:
                 yield from self._shared({name: cfg})
-        for variants in (self.searched, self.repeated, self.timed):
-            if variants != self.timed or cfg.study.equal_time:
-                yield from self._all([variant for name in cfg.study.stages for variant in variants(name)])
+        # Where there is one rate, nothing has to be chosen before the other seeds are trained.
+        several = [name for name in cfg.study.stages if len(rates(cfg, name)) > 1]
+        yield from self._all([variant for name in several for variant in self.searched(name)])
+        for variants in (self.repeated, *([self.timed] if cfg.study.equal_time else [])):
+            yield from self._all([variant for name in cfg.study.stages for variant in variants(name)])
         # From these nothing begins: no process has to wait for one, and all are shared out.
         yield from self._shared({name: cfg for name in once if name not in origins})
 
