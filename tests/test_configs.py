@@ -31,6 +31,8 @@ ARGUMENTS = {
 def test_every_config_validates_and_says_how_to_run_it(path):
     module = load_file(path)
     assert re.search(rf"python train\.py --config=configs/{path.name} --workdir=", module.__doc__)
+    assert re.search(r"\bCPU cores?\b|^Hardware: ", module.__doc__, re.MULTILINE)
+    assert re.search(r"\bExpect\b|^Published|\bPublished:|numbers mean nothing", module.__doc__, re.MULTILINE)
     for arguments in [(), *((argument,) for argument in ARGUMENTS.get(path.stem, ()))]:
         cfg = config_io.from_config_dict(module.get_config(*arguments))
         validate(cfg)
