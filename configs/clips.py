@@ -16,9 +16,9 @@ in which order the frames came answers a question of type "order" or "direction"
 All see the same clips for as many steps at the same learning rate, with three seeds. What goes on from the uncompressed
 model has had fewer steps in all. Give the command twice to use two CPU cores.
 
-Two x86-64 CPU cores: its 24 trainings make 163 minutes of one (2026-11-30). Expect, of the questions about order, 88 % with
-one VoCo token a frame and 91 with all 64, and 45 with shuffled frames; in all 74, 77 and 79 % with 1, 2 and 8 VoCo tokens,
-73, 75 and 80 with as many of average pooling, and 78 with all.
+Two x86-64 CPU cores: its 24 trainings make 163 minutes of one (2026-11-30). Expect, of the questions about order, 88 %
+with one VoCo token a frame, 91 with all 64, and 45 with shuffled frames; of all questions 74, 77 and 79 % with 1, 2 and
+8 VoCo tokens a frame, 73, 75 and 80 with as many of average pooling, and 78 with all.
 """
 
 import dataclasses
