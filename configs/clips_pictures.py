@@ -1,12 +1,12 @@
-"""The picture models that `configs/clips.py` goes on from, trained on drawn scenes by the best recipe found there.
+"""The picture models that `configs/clips.py` goes on from: VoCo tokens by the best recipe on drawn scenes, and pooling.
 
     python train.py --config=configs/clips_pictures.py --workdir=runs/clips_pictures
 
 It starts from the uncompressed model of a run of `configs/scenes.py` in `runs/scenes`
 (`--config=configs/clips_pictures.py:DIR` names another one). A picture becomes 1, 2 or 8 VoCo tokens that start from
 the cells of a grid over it, as in `configs/scenes_best.py` and for as many steps, or as many tokens of average pooling
-and a linear layer. One seed, at the learning rate that nearly all of those stages were best at; what compares methods
-are those two configs. Give the command twice to use two CPU cores.
+and a fresh linear layer. One seed, at the learning rate that all of those stages but one VoCo token (1e-3) were best
+at; what compares methods is `configs/scenes_best.py`. Give the command twice to use two CPU cores.
 
 One x86-64 CPU core: 22 minutes (2026-11-30, drawing of the pictures included). Expect 85, 93 and 98 % with 1, 2 and 8
 VoCo tokens, and 81, 89 and 96 with as many of average pooling.
