@@ -10,11 +10,11 @@ frame's tokens see that frame alone, and all frames' tokens stand in the order o
 grids, and from the uncompressed model all tokens of all frames, or of the middle frame.
 
 Every model is read in true order and with the frames shuffled. What tells is the accuracy by type: whoever reads all
-frames and cannot know in which order they came answers a question of type "order" or "direction" at best right every second time, and
-"count" loses less. The tokens, cache and prefill of the table are those of all frames that are read.
+frames and cannot know in which order they came answers a question of type "order" or "direction" at best right every
+second time, and "count" loses less. The tokens, cache and prefill of the table are those of all frames that are read.
 
-All see the same clips for as many steps at the same learning rate (found with two VoCo tokens), with three seeds. What goes on from the uncompressed
-model has had fewer steps in all. Give the command twice to use two CPU cores.
+All see the same clips for as many steps at the same learning rate (found with two VoCo tokens), with three seeds. What
+goes on from the uncompressed model has had fewer steps in all. Give the command twice to use two CPU cores.
 
 Two x86-64 CPU cores: its 24 trainings make 163 minutes of one (2026-11-30). Expect, of the questions about order, 88 %
 with one VoCo token a frame, 91 with all 64, 44 to 47 with shuffled frames; of all questions 74, 77 and 79 % with 1, 2

@@ -9,8 +9,8 @@ training takes. Killed, the same command goes on where it was. Given twice, once
 `taskset -c 1`, two cores do more than with the threads of one process.
 
 Two x86-64 CPU cores: more than three hours, of which 72 minutes for the 82 trainings and 80 to 110 for the base model
-(2026-11-22; `docs/results/scenes` holds a base model as an archive). Expect an upper bound of 96 to 98 %, 82 % with one VoCo token and
-80 with one of average pooling, 88 and 87 with four, and a question-only prior of 35.
+(2026-11-22; `docs/results/scenes` holds a base model as an archive). Expect an upper bound of 96 to 98 %, 82 % with
+one VoCo token and 80 with one of average pooling, 88 and 87 with four, and a question-only prior of 35.
 """
 
 import dataclasses

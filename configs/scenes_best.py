@@ -6,15 +6,16 @@ It starts from the uncompressed model of a run of `configs/scenes.py` in `runs/s
 (`--config=configs/scenes_best.py:DIR` names another one), where one and four VoCo tokens, and average pooling to as
 many, are trained for `scenes.STEPS` steps. Here the steps become twice as many; then VoCo tokens start from the mean
 of their part of the picture and the cells of a grid over it, each through a matrix of its own, as well as from their
-embeddings (see `tokzip_jax.voco_start`). Pooling has as many steps too. All by the rules of that study: three learning rates, of which
-the validation split chooses one, three seeds, and a column at the training time of one token from cells.
+embeddings (see `tokzip_jax.voco_start`). Pooling has as many steps too. All by the rules of that study: three learning
+rates, of which the validation split chooses one, three seeds, and a column at the training time of one token from
+cells.
 
 How far one token comes is asked once, with one seed and at one learning rate: ten times the steps of the study, for
 VoCo from cells and for pooling. Give the command twice to use two CPU cores.
 
 Two x86-64 CPU cores: its 38 trainings make 105 minutes of one core (2026-11-30). Expect, with four tokens, 98 % from
-cells, 94 with average pooling and 92 from embeddings alone; with one 85, 81 and 84; after ten times the study's steps 93 from cells and
-84 with pooling.
+cells, 94 with average pooling and 92 from embeddings alone; with one 85, 81 and 84; after ten times the study's steps
+93 from cells and 84 with pooling.
 """
 
 import dataclasses

@@ -3,11 +3,12 @@
     python train.py --config=configs/scenes_starts.py --workdir=runs/scenes_starts
 
 There VoCo tokens that start from the cells of a grid differ in two ways from those that start from an embedding: they
-begin from the picture at all, and from its places, by weights of their own. Here they begin from the mean of their part
-alone. And average pooling has a fresh linear layer there, while VoCo goes on with the base model's projector; here the
-patches are pooled in front of that projector, in a 2 x 2 grid (where one token is made, the two kinds of pooling are
-level after 300 steps: `docs/results/scenes_methods`). Three learning rates, three seeds, as many steps, and a column at the training time of
-one token from cells, which is timed for that and not trained. Give the command twice to use two CPU cores.
+begin from the picture at all, and from its places, by weights of their own. Here they begin from the mean of their
+part alone. And average pooling has a fresh linear layer there, while VoCo goes on with the base model's projector;
+here the patches are pooled in front of that projector, in a 2 x 2 grid (where one token is made, the two kinds of
+pooling are level after 300 steps: `docs/results/scenes_methods`). Three learning rates, three seeds, as many steps,
+and a column at the training time of one token from cells, which is timed for that and not trained. Give the command
+twice to use two CPU cores.
 
 One x86-64 CPU core: 58 minutes (2026-11-30). Expect 83 % with one token from a mean and 96 with four, and 95 with four
 of average pooling in front of the base's projector (96 after the same time).
