@@ -76,8 +76,7 @@ def stages(runs: str) -> dict[str, c.StageConfig]:
 
     def goes_on(name: str, **changes) -> c.StageConfig:
         """From the picture model of the same name."""
-        (seed,) = clips_pictures.run_config().study.seeds
-        origin = Variant(name, scenes.OPTIM.learning_rate, seed).name
+        origin = Variant(name, scenes.OPTIM.learning_rate, clips_pictures.SEED).name
         return dataclasses.replace(frames, init_from=f"{runs}/clips_pictures/checkpoints/{origin}", **changes)
 
     table = {"uncompressed": frames, "middle": dataclasses.replace(frames, frame_order="middle")}

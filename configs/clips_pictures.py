@@ -21,6 +21,7 @@ from tokzip_jax.voco_start import parts
 
 STEPS = scenes_best.LONGER * scenes.STEPS
 LADDER = (1, 2, 8)
+SEED = 0
 
 
 def get_config(pictures="runs/scenes"):
@@ -37,7 +38,7 @@ def run_config(pictures: str = "runs/scenes") -> c.RunConfig:
         stages={"base": given.stages["base"], **trained},
         rows=table,
         eval=dataclasses.replace(given.eval, order=tuple(table)),
-        study=c.StudyConfig(stages=tuple(trained), seeds=(0,)),
+        study=c.StudyConfig(stages=tuple(trained), seeds=(SEED,)),
     )
 
 

@@ -138,27 +138,20 @@ def tokens_of(site: str, method: MethodConfig, model: ModelConfig) -> int:
 def _projected(method: MethodConfig, model: ModelConfig, tokens: int) -> MethodConfig:
     """A projector with the setting of its own that makes `tokens`, the one it has if that does; its parameters are the
     same ones."""
-    grid, read = model.vit.grid, projectors.PROJECTORS[method.projector].options
-    # Factors that divide the grid come first: others leave patches out.
-    sides = sorted(range(1, grid + 1), key=lambda side: (grid % side > 0, side))
-    flat = [{"pool_rows": down, "pool_grid": across} for down, across in itertools.combinations(sorted(sides), 2)]
-    tried = {
-        "pool_grid": [{"pool_grid": side, "pool_rows": 0} for side in sides] + flat,
-        "content_grid": [{"content_grid": side} for side in sides],
-        "factor": [{"factor": side} for side in sides],
-        "level": [{"level": level} for level in range(grid.bit_length())],
-        "queries": [{"queries": count} for count in range(1, model.projector.queries + 1)],
-    }
-    option = next((name for name in tried if name in read), None)
-    if option is None:
-        able = [name for name, entry in projectors.PROJECTORS.items() if tried.keys() & set(entry.options)]
+    tried = projectors.settings(method.projector, model.vit.grid, model.projector.queries)
+    if "pool_rows" in projectors.PROJECTORS[method.projector].options:
+        sides = range(1, model.vit.grid + 1)
+        tried = [{**square, "pool_rows": 0} for square in tried]
+        tried += [{"pool_rows": down, "pool_grid": across} for down, across in itertools.combinations(sides, 2)]
+    if not tried:
+        able = [name for name in projectors.PROJECTORS if projectors.settings(name, 1, 1)]
         raise ValueError(
             f"the projector {method.projector!r} has no option that sets how many tokens it makes; choose one of "
             f"{', '.join(map(repr, able))}"
         )
     made, wrong = {vlm.visual_slots(model, method): method}, ""
-    for changes in tried[option]:
-        changed = dataclasses.replace(method, **{name: value for name, value in changes.items() if name in read})
+    for changes in tried:
+        changed = dataclasses.replace(method, **changes)
         try:
             projectors.check(method.projector, model, changed)
         except ValueError as error:

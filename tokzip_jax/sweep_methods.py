@@ -10,7 +10,7 @@ from tokzip_jax import compress, method_check, vlm
 from tokzip_jax.compress import ENCODER
 from tokzip_jax.compress.decoder import cuts
 from tokzip_jax.config import MethodConfig, ModelConfig, ProjectorConfig, RunConfig
-from tokzip_jax.projectors import OPTIONS, PROJECTORS
+from tokzip_jax.projectors import OPTIONS, PROJECTORS, settings
 
 # Encoder-site methods with options, and what else they change: another name in the table.
 RESTORED = {"positions": "raster", "attention_bias": True}
@@ -112,25 +112,18 @@ def _sizes(model: ModelConfig) -> ProjectorConfig:
 
 def _candidates(name: str, model: ModelConfig, tokens: int, most: int) -> Iterator[tuple[dict[str, Any], dict]]:
     """Options of a projector, and sizes in `model.projector`, that might give some number of tokens."""
-    grid = model.vit.grid
-    # Factors that divide the grid come first: others leave patches out.
-    sides = sorted(range(1, grid + 1), key=lambda side: (grid % side > 0, side))
-    options, queries = PROJECTORS[name].options, tokens
+    grid, queries = model.vit.grid, tokens
     if name == "mqt":
         yield {"queries": tokens}, {"queries": math.ceil(math.sqrt(most)) ** 2}
     elif name in ("qformer", "instructblip"):
         yield {}, {"queries": queries}
     elif name == "pixel_unshuffle":
-        yield from (({}, {"unshuffle": side}) for side in sides)
-    elif "pool" in options:
-        for pool, factor in itertools.product(POOLS[name], sides):
-            yield {"factor": factor, "pool": pool}, {}
-    elif "level" in options:
-        yield from (({"level": level}, {}) for level in range(grid.bit_length()))
-    elif key := next((key for key in ("pool_grid", "content_grid") if key in options), ""):
-        yield from (({key: side}, {}) for side in sides)
+        # Factors that divide the grid come first: others leave patches out.
+        yield from (({}, {"unshuffle": side}) for side in sorted(range(1, grid + 1), key=lambda side: grid % side > 0))
     else:
-        yield {}, {}
+        pools = [{"pool": pool} for pool in POOLS[name]] if "pool" in PROJECTORS[name].options else [{}]
+        for pool, own in itertools.product(pools, settings(name, grid) or [{}]):
+            yield {**own, **pool}, {}
 
 
 class Projector(NamedTuple):

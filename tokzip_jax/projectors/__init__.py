@@ -12,7 +12,18 @@ from tokzip_jax.projectors import plain
 from tokzip_jax.projectors.base import Context, Projector
 from tokzip_jax.require import require
 
-__all__ = ["FILES", "FILE_OF", "KEEPS_PLACES", "OPTIONS", "PROJECTORS", "Context", "Projector", "check", "weights_name"]
+__all__ = [
+    "FILES",
+    "FILE_OF",
+    "KEEPS_PLACES",
+    "OPTIONS",
+    "PROJECTORS",
+    "Context",
+    "Projector",
+    "check",
+    "settings",
+    "weights_name",
+]
 
 # A new projector is one more line here.
 FILES = (
@@ -36,6 +47,23 @@ OPTIONS = {field.name: field.default for field in dataclasses.fields(MethodConfi
 def weights_name(projector: str) -> str:
     """The name under which the parameters of a projector stand."""
     return PROJECTORS[projector].weights or projector
+
+
+def settings(name: str, grid: int, queries: int = 0) -> list[dict[str, int]]:
+    """Every value of the option that sets how many tokens a projector makes, by the option's name.
+
+    Factors that divide the grid come first: others leave patches out. Empty where there is no such option.
+
+    Args:
+        name: of `PROJECTORS`.
+        grid: patches along a side of the picture.
+        queries: that are trained, of which the first ones may be used.
+    """
+    sides = sorted(range(1, grid + 1), key=lambda side: (grid % side > 0, side))
+    values = {"pool_grid": sides, "content_grid": sides, "factor": sides, "level": range(grid.bit_length())}
+    values["queries"] = range(1, queries + 1)
+    option = next((option for option in values if option in PROJECTORS[name].options), "")
+    return [{option: value} for value in values.get(option, ())]
 
 
 def check(key: str, model: ModelConfig, method: MethodConfig) -> None:
